@@ -1,0 +1,212 @@
+"""What `setup_anndata` registers, and the plain facts that the rest of sccvae reads from that registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+from scvi.data import fields
+
+
+def anndata_fields(
+    layer: str | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    size_factor_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+) -> list[fields.BaseAnnDataField]:
+    """scvi-tools fields for the arguments of ``setup_anndata``; only what was named is registered."""
+    # is_count_data: we check the values ourselves, against the likelihood, and raise instead of warning.
+    # correct_data_format: the user's matrix is left as it is.
+    found = [fields.LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False)]
+    if batch_key is not None:
+        found.append(fields.CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key))
+    if labels_key is not None:
+        found.append(fields.CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key))
+    if size_factor_key is not None:
+        found.append(fields.NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key))
+    if categorical_covariate_keys:
+        found.append(fields.CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, list(categorical_covariate_keys)))
+    if continuous_covariate_keys:
+        found.append(fields.NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, list(continuous_covariate_keys)))
+    return found
+
+
+def check_setup(
+    adata: AnnData,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    size_factor_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+) -> None:
+    """Check that everything named for ``setup_anndata`` is there and usable, before anything is written to ``adata``.
+
+    Raises
+    ------
+    TypeError
+        If ``adata`` is no AnnData, or keys were given as one string.
+    KeyError
+        If a layer or an ``obs`` column is missing.
+    ValueError
+        If ``adata`` is a view, is empty, has duplicate gene names, or a column has missing or unusable values.
+    """
+    if not isinstance(adata, AnnData):
+        msg = f"adata must be an AnnData object, not {type(adata).__name__}."
+        raise TypeError(msg)
+    if adata.is_view:
+        msg = "adata is a view of another AnnData; run `adata = adata.copy()` first, so that the setup has a place to stay."
+        raise ValueError(msg)
+    if 0 in adata.shape:
+        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to model."
+        raise ValueError(msg)
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()][0]
+        msg = f"adata.var_names are not unique ({twice!r} stands twice); run `adata.var_names_make_unique()` first."
+        raise ValueError(msg)
+    if layer is not None and layer not in adata.layers:
+        msg = f"There is no adata.layers[{layer!r}]; the layers are {sorted(adata.layers)}. Use layer=None for adata.X."
+        raise KeyError(msg)
+    if layer is None and adata.X is None:
+        msg = f"adata.X is None; pass layer= with one of {sorted(adata.layers)}."
+        raise ValueError(msg)
+    for name, keys in [
+        ("categorical_covariate_keys", categorical_covariate_keys),
+        ("continuous_covariate_keys", continuous_covariate_keys),
+    ]:
+        if isinstance(keys, str):
+            msg = f"{name} must be a list; write {name}=[{keys!r}]."
+            raise TypeError(msg)
+    categorical = [batch_key, labels_key, *(categorical_covariate_keys or ())]
+    numerical = [size_factor_key, *(continuous_covariate_keys or ())]
+    for key in filter(None, [*categorical, *numerical]):
+        if key not in adata.obs:
+            msg = f"There is no adata.obs[{key!r}]; the columns are {list(adata.obs.columns)}."
+            raise KeyError(msg)
+    for key in filter(None, categorical):
+        missing = int(adata.obs[key].isna().sum())
+        if missing:
+            msg = (
+                f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} cells. Give them a category of their "
+                f"own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('unknown')`) or leave these cells out."
+            )
+            raise ValueError(msg)
+    for key in filter(None, numerical):
+        numeric_column(adata.obs[key], positive=key == size_factor_key)
+
+
+def numeric_column(column: pd.Series, *, positive: bool = False) -> np.ndarray:
+    """A column of ``obs`` as finite float32 numbers (n,); else an error that names the column.
+
+    Raises
+    ------
+    ValueError
+        If a value is not a number, is NaN or infinite, or, with ``positive``, is not above zero.
+    """
+    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float32, na_value=np.nan)
+    bad = ~np.isfinite(values) | (positive & (values <= 0))
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        kind = "positive finite" if positive else "finite"
+        msg = (
+            f"adata.obs[{column.name!r}] must hold {kind} numbers; {int(bad.sum())} of {len(bad)} cells do not "
+            f"(first: {column.iloc[first]!r} in cell {column.index[first]!r})."
+        )
+        raise ValueError(msg)
+    return values
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The facts of a setup: where each input lies in an AnnData, and the codes of its categories.
+
+    Attributes
+    ----------
+    var_names
+        Genes, in the order of the model's input.
+    layer
+        Layer of the values, None for X.
+    categories
+        ``obs`` column -> its categories in code order, for each condition; the batch comes first.
+    continuous
+        ``obs`` columns of the continuous covariates.
+    size_factor_key
+        ``obs`` column of the size factors, or None.
+    batch_key, labels_key
+        ``obs`` columns, or None.
+    """
+
+    var_names: np.ndarray
+    layer: str | None = None
+    categories: dict[str, np.ndarray] = field(default_factory=dict)
+    continuous: tuple[str, ...] = ()
+    size_factor_key: str | None = None
+    batch_key: str | None = None
+    labels_key: str | None = None
+
+    @classmethod
+    def from_registry(cls, registry: dict[str, Any]) -> Schema:
+        """Read the facts from an scvi-tools registry."""
+        found = registry["field_registries"]
+        args = registry["setup_args"]
+
+        def state(key: str) -> dict:
+            return found.get(key, {}).get("state_registry") or {}
+
+        categories = {}
+        if args.get("batch_key") is not None:
+            categories[args["batch_key"]] = np.asarray(state(REGISTRY_KEYS.BATCH_KEY)["categorical_mapping"])
+        categories |= {k: np.asarray(v) for k, v in state(REGISTRY_KEYS.CAT_COVS_KEY).get("mappings", {}).items()}
+        return cls(
+            var_names=np.asarray(state(REGISTRY_KEYS.X_KEY)["column_names"]),
+            layer=args.get("layer"),
+            categories=categories,
+            continuous=tuple(args.get("continuous_covariate_keys") or ()),
+            size_factor_key=args.get("size_factor_key"),
+            batch_key=args.get("batch_key"),
+            labels_key=args.get("labels_key"),
+        )
+
+    @property
+    def n_categories(self) -> tuple[int, ...]:
+        """Number of categories of each condition."""
+        return tuple(len(c) for c in self.categories.values())
+
+    def code(self, key: str, category: Any) -> int:
+        """Code of one category of a condition.
+
+        Raises
+        ------
+        ValueError
+            If the condition has no such category.
+        """
+        return int(self.codes(key, pd.Series([category], name=key))[0])
+
+    def codes(self, key: str, column: pd.Series) -> np.ndarray:
+        """Codes of a column's values, (n,) int64.
+
+        Raises
+        ------
+        ValueError
+            If a value is missing or was not there when the model was set up.
+        """
+        known = pd.Index(self.categories[key])
+        codes = known.get_indexer(column.astype(object))
+        if (codes < 0).any():  # "1" in a file, 1 in memory: the same category
+            codes = known.astype(str).get_indexer(column.astype(str))
+        if (codes < 0).any():
+            new = column[codes < 0]
+            what = "missing (NaN)" if new.isna().all() else f"{sorted(set(new.dropna().astype(str)))}"
+            msg = (
+                f"adata.obs[{key!r}] is {what} in {len(new)} cells, which this model has not seen; it knows "
+                f"{[str(k) for k in known]}. Leave these cells out, map them to a known category, or train with them."
+            )
+            raise ValueError(msg)
+        return codes.astype(np.int64)

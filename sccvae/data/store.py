@@ -1,0 +1,94 @@
+"""Cells in memory, gathered many mini-batches at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from sccvae.data.read import Cells
+
+#: Most values of x held dense at a time by a loader: 2^24 float32 are 64 MB.
+CHUNK_VALUES = 2**24
+
+
+class CellStore:
+    """Cells that hand out any rows as dense tensors; sparse data stay sparse until then.
+
+    Parameters
+    ----------
+    cells
+        The arrays; not copied.
+    """
+
+    def __init__(self, cells: Cells) -> None:
+        self.cells = cells
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def n_features(self) -> int:
+        """Number G of features."""
+        return self.cells.x.shape[1]
+
+    def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Rows as tensors on the CPU: ``x`` (n, G) dense, ``codes``, ``covariates``, ``library``."""
+        x = self.cells.x[rows]
+        return {
+            "x": torch.from_numpy(x.toarray() if sparse.issparse(x) else x),
+            "codes": torch.from_numpy(self.cells.codes[rows]),
+            "covariates": torch.from_numpy(self.cells.covariates[rows]),
+            "library": torch.from_numpy(self.cells.library[rows]),
+        }
+
+
+class ChunkLoader:
+    """Iterate over chunks, each a list of mini-batches (dictionaries of tensors).
+
+    Every cell comes once. Mini-batches differ by at most one cell in size and never exceed ``batch_size``, so there is
+    no last mini-batch of a single cell (batch norm cannot work on one) unless there is a single cell.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    rows
+        Which of them, (n,) int64.
+    batch_size
+        Most cells of a mini-batch.
+    shuffle
+        A new full permutation in each epoch, drawn from (seed, epoch): a resumed run sees the same order.
+    seed
+        Of the permutations.
+    """
+
+    def __init__(
+        self, store: CellStore, rows: np.ndarray, batch_size: int, *, shuffle: bool = False, seed: int = 0
+    ) -> None:
+        if batch_size < 1:
+            msg = f"batch_size={batch_size} must be at least 1."
+            raise ValueError(msg)
+        self.store, self.rows, self.shuffle, self.seed = store, np.asarray(rows), shuffle, seed
+        self.n_batches = -(-len(self.rows) // batch_size)
+        self.per_chunk = max(1, CHUNK_VALUES // (store.n_features * batch_size))
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Number of chunks."""
+        return -(-self.n_batches // self.per_chunk)
+
+    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
+        rows = self.rows
+        if self.shuffle:
+            rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
+        self.epoch += 1
+        batches = np.array_split(rows, max(1, self.n_batches))
+        for start in range(0, self.n_batches, self.per_chunk):
+            part = batches[start : start + self.per_chunk]
+            tensors = self.store.gather(np.concatenate(part))
+            split = {name: t.split([len(b) for b in part]) for name, t in tensors.items()}
+            yield [{name: t[i] for name, t in split.items()} for i in range(len(part))]

@@ -1,0 +1,25 @@
+"""Likelihoods and closed-form divergences, on torch alone."""
+
+from sccvae.distributions._base import LIKELIHOODS, Likelihood, Observation, as_likelihood
+from sccvae.distributions.continuous import Bernoulli, Normal, log_bernoulli, log_normal
+from sccvae.distributions.counts import ZINB, NegativeBinomial, Poisson, log_nb, log_poisson, log_zinb
+from sccvae.distributions.kl import kl_normal, kl_standard_normal
+
+__all__ = [
+    "LIKELIHOODS",
+    "ZINB",
+    "Bernoulli",
+    "Likelihood",
+    "NegativeBinomial",
+    "Normal",
+    "Observation",
+    "Poisson",
+    "as_likelihood",
+    "kl_normal",
+    "kl_standard_normal",
+    "log_bernoulli",
+    "log_nb",
+    "log_normal",
+    "log_poisson",
+    "log_zinb",
+]

@@ -1,0 +1,127 @@
+"""What a likelihood is: the heads that turn a decoder's output into the distribution of one observation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor, nn
+
+
+class Observation(ABC):
+    """The distribution p(x|...) of a mini-batch of observations; features are independent given the latent variables.
+
+    Attributes
+    ----------
+    mean
+        Expected value of x, (..., n, G).
+    """
+
+    mean: Tensor
+
+    @abstractmethod
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density or mass of ``x`` (n, G) in nats, summed over the G features: (..., n)."""
+
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """Draw x, (..., n, G), without gradient."""
+
+    def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
+        """Normalised expression, (..., n, G): for counts the cell's proportions times ``library_size``, else the mean."""
+        del library_size
+        return self.mean
+
+
+class Likelihood(nn.Module, ABC):
+    """A family of distributions with the network heads that give its parameters.
+
+    A likelihood is made with its settings alone, and handed to a module, which calls :meth:`build` once it knows the
+    sizes. It may hold parameters of its own (a dispersion, a sigma).
+
+    Attributes
+    ----------
+    support
+        ``"counts"`` (integers >= 0), ``"unit"`` (values in [0, 1]) or ``"real"``; the model checks the data against it.
+    """
+
+    support: ClassVar[Literal["counts", "unit", "real"]]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    @abstractmethod
+    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+        """Create the heads for a decoder output of width ``n_in`` and ``n_features`` features; return self.
+
+        ``n_batch`` is the number of batches for batch-wise parameters.
+        """
+
+    @abstractmethod
+    def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> Observation:
+        """Give the distribution of x.
+
+        Parameters
+        ----------
+        h
+            Decoder output, (..., n, n_in).
+        library
+            Library size of each cell, (n, 1); used by count likelihoods only.
+        batch_index
+            Batch of each cell, (n,) int64; used by batch-wise parameters only.
+        """
+
+    def initialise(self, mean: Tensor) -> None:
+        """Start the heads at the data: ``mean`` is each feature's mean (for counts: mean proportion), (G,)."""
+
+    def observe(self, x: Tensor) -> Tensor:
+        """What stands for the observation in the ELBO, (n, G): the data themselves unless a family resamples them."""
+        return x
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder sees of x, (n, G) -> (n, G)."""
+        return x
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Name and settings as plain JSON values; :func:`as_likelihood` makes an equal object from it."""
+        return {"name": type(self).__name__, **self.settings}
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {}
+"""Short name or class name -> likelihood class."""
+
+
+def register(*names: str):
+    """Class decorator: make a likelihood known under its class name and ``names``."""
+
+    def add(cls: type[Likelihood]) -> type[Likelihood]:
+        LIKELIHOODS.update(dict.fromkeys((cls.__name__, *names), cls))
+        return cls
+
+    return add
+
+
+def as_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:
+    """Turn a name, a saved configuration or a likelihood into a fresh, unbuilt likelihood.
+
+    Parameters
+    ----------
+    spec
+        ``"nb"``, ``"zinb"``, ``"poisson"``, ``"normal"``, ``"bernoulli"``, a class name, the ``config`` of a likelihood, or a
+        likelihood (its settings are copied, so that two models never share parameters).
+
+    Raises
+    ------
+    ValueError
+        If the name is not known.
+    """
+    if isinstance(spec, Likelihood):
+        spec = spec.config
+    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = settings.pop("name")
+    if name not in LIKELIHOODS:
+        msg = f"No likelihood is called {name!r}; choose one of {sorted(LIKELIHOODS)} or pass a Likelihood object."
+        raise ValueError(msg)
+    return LIKELIHOODS[name](**settings)

@@ -1,0 +1,288 @@
+"""Poisson, negative binomial and zero-inflated negative binomial for counts.
+
+Every log mass is written as its value at x = 0 plus a correction that vanishes there, log p(x) = log p(0) + correction(x).
+So the dense work is log p(0) only; log-gamma runs on the non-zero counts (about a tenth of a single-cell matrix), in
+float64, because lgamma(x + theta) - lgamma(theta) cancels in float32 for a large theta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
+
+from sccvae.distributions._base import Likelihood, Observation, register
+
+
+def _poisson_correction(x: Tensor, log_mu: Tensor) -> Tensor:
+    return x * log_mu - torch.lgamma(x + 1)
+
+
+def _nb_correction(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
+    theta = log_theta.exp()
+    log_odds = log_mu - torch.logaddexp(log_theta, log_mu)  # log(mu / (theta + mu))
+    return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1) + x * log_odds
+
+
+def _nb_zero(log_mu: Tensor, log_theta: Tensor) -> Tensor:
+    """Log NB(0): -theta log(1 + mu / theta)."""
+    return -log_theta.exp() * softplus(log_mu - log_theta)
+
+
+def _zinb_zero(nb_zero: Tensor, logits: Tensor) -> Tensor:
+    """Log(pi + (1 - pi) NB(0)) with pi = sigmoid(logits)."""
+    return torch.logaddexp(logsigmoid(logits), logsigmoid(-logits) + nb_zero)
+
+
+def log_poisson(x: Tensor, log_mu: Tensor) -> Tensor:
+    """Log mass of Poisson(mu), element-wise, in nats.
+
+    Parameters
+    ----------
+    x
+        Counts, any shape, floating.
+    log_mu
+        Log of the mean, broadcastable to x.
+    """
+    return -log_mu.exp() + _poisson_correction(x, log_mu)
+
+
+def log_nb(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
+    """Log mass of the negative binomial with mean mu and variance mu + mu^2 / theta, element-wise, in nats.
+
+    Parameters
+    ----------
+    x
+        Counts, any shape, floating.
+    log_mu, log_theta
+        Log of the mean and of the inverse dispersion, broadcastable to x.
+
+    References
+    ----------
+    Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
+    """
+    return _nb_zero(log_mu, log_theta) + _nb_correction(x, log_mu, log_theta)
+
+
+def log_zinb(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
+    """Log mass of the zero-inflated negative binomial, element-wise, in nats.
+
+    Parameters
+    ----------
+    x
+        Counts, any shape, floating.
+    log_mu, log_theta
+        Log of the mean and of the inverse dispersion of the NB part, broadcastable to x.
+    logits
+        Log odds of a structural zero, broadcastable to x.
+
+    References
+    ----------
+    Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
+    """
+    zero = _nb_zero(log_mu, log_theta)
+    seen = logsigmoid(-logits) + zero + _nb_correction(x, log_mu, log_theta)
+    return torch.where(x > 0, seen, _zinb_zero(zero, logits))
+
+
+def _sum_nonzero(x: Tensor, correction: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Sum of ``correction(x, *parameters)`` over the non-zero counts of each row, in float64.
+
+    x is (n, G); each parameter (..., n or 1, G); the result (..., n).
+    """
+    rows, columns = x.nonzero(as_tuple=True)
+    at = [p[..., rows if p.shape[-2] > 1 else torch.zeros_like(rows), columns].double() for p in parameters]
+    values = correction(x[rows, columns].double(), *at)  # (..., nnz)
+    total = values.new_zeros((*values.shape[:-1], x.shape[0]))
+    return total.index_add(-1, rows, values).to(parameters[0].dtype)
+
+
+class CountObservation(Observation):
+    """Counts with mean = proportion x library; the base of the three families.
+
+    Parameters
+    ----------
+    log_scale
+        Log proportion of each gene, (..., n, G); the proportions of a cell sum to one.
+    library
+        Library size of each cell, (n, 1), counts.
+    """
+
+    def __init__(self, log_scale: Tensor, library: Tensor) -> None:
+        self.log_scale = log_scale
+        self.log_mu = log_scale + library.log()
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected counts, (..., n, G)."""
+        return self.log_mu.exp()
+
+    def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
+        """Proportion of each gene times ``library_size`` (a number or (n, 1)), (..., n, G)."""
+        return self.log_scale.exp() * library_size
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
+        return -self.mean.sum(-1) + _sum_nonzero(x, _poisson_correction, self.log_mu)
+
+    def sample(self) -> Tensor:
+        """Draw counts, (..., n, G)."""
+        return torch.poisson(self.mean)
+
+
+class NBObservation(CountObservation):
+    """Negative binomial counts; ``log_theta`` (broadcastable to (..., n, G)) is the log inverse dispersion."""
+
+    def __init__(self, log_scale: Tensor, library: Tensor, log_theta: Tensor) -> None:
+        super().__init__(log_scale, library)
+        self.log_theta = log_theta
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
+        correction = _sum_nonzero(x, _nb_correction, self.log_mu, self.log_theta)
+        return _nb_zero(self.log_mu, self.log_theta).sum(-1) + correction
+
+    def sample(self) -> Tensor:
+        """Draw counts as a gamma mixture of Poissons, (..., n, G)."""
+        theta = self.log_theta.exp().expand_as(self.log_mu)
+        rate = torch._standard_gamma(theta) * (self.mean / theta)
+        return torch.poisson(rate)
+
+
+class ZINBObservation(NBObservation):
+    """Zero-inflated negative binomial counts; ``logits`` (..., n, G) are the log odds of a structural zero."""
+
+    def __init__(self, log_scale: Tensor, library: Tensor, log_theta: Tensor, logits: Tensor) -> None:
+        super().__init__(log_scale, library, log_theta)
+        self.logits = logits
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected counts, structural zeros included, (..., n, G)."""
+        return self.log_mu.exp() * torch.sigmoid(-self.logits)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
+        zero = _nb_zero(self.log_mu, self.log_theta)
+        dense = torch.where(x > 0, logsigmoid(-self.logits) + zero, _zinb_zero(zero, self.logits))
+        return dense.sum(-1) + _sum_nonzero(x, _nb_correction, self.log_mu, self.log_theta)
+
+    def sample(self) -> Tensor:
+        """Draw counts, (..., n, G)."""
+        theta = self.log_theta.exp().expand_as(self.log_mu)
+        rate = torch._standard_gamma(theta) * (self.log_mu.exp() / theta)
+        return torch.poisson(rate) * torch.bernoulli(torch.sigmoid(-self.logits))
+
+
+class _CountLikelihood(Likelihood):
+    """Heads shared by the count families: a softmax over genes."""
+
+    support = "counts"
+
+    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+        self.scale_head = nn.Linear(n_in, n_features)
+        return self
+
+    def initialise(self, mean: Tensor) -> None:
+        """Start every cell at the mean proportions (a gene never seen starts at a tenth of the rarest)."""
+        floor = mean[mean > 0].min() / 10
+        with torch.no_grad():
+            self.scale_head.bias.copy_(mean.clamp(min=floor).log())
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """log(1 + x), (n, G): counts on a scale that a network can read."""
+        return torch.log1p(x)
+
+    def _log_scale(self, h: Tensor) -> Tensor:
+        return torch.log_softmax(self.scale_head(h), dim=-1)
+
+
+@register("poisson")
+class Poisson(_CountLikelihood):
+    """Poisson counts: x ~ Poisson(library x softmax(head(h))).
+
+    References
+    ----------
+    Eraslan et al. 2019; Lopez et al. 2018 (without gamma noise).
+    """
+
+    def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> CountObservation:
+        """Distribution of counts; see :meth:`Likelihood.forward`."""
+        return CountObservation(self._log_scale(h), library)
+
+
+@register("nb")
+class NegativeBinomial(_CountLikelihood):
+    """Negative binomial counts with mean library x softmax(head(h)).
+
+    Parameters
+    ----------
+    dispersion
+        ``"gene"`` one inverse dispersion per gene; ``"gene-batch"`` per gene and batch; ``"gene-cell"`` by the network.
+
+    Raises
+    ------
+    ValueError
+        If ``dispersion`` is none of these.
+
+    References
+    ----------
+    Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
+    """
+
+    def __init__(self, dispersion: Literal["gene", "gene-batch", "gene-cell"] = "gene") -> None:
+        if dispersion not in ("gene", "gene-batch", "gene-cell"):
+            msg = f"dispersion={dispersion!r} is not known; choose 'gene', 'gene-batch' or 'gene-cell'."
+            raise ValueError(msg)
+        super().__init__(dispersion=dispersion)
+
+    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+        """Create the heads; see :meth:`Likelihood.build`."""
+        super().build(n_in, n_features, n_batch)
+        if self.settings["dispersion"] == "gene-cell":
+            self.theta_head = nn.Linear(n_in, n_features)
+        else:
+            n_rows = n_batch if self.settings["dispersion"] == "gene-batch" else 1
+            self.log_theta = nn.Parameter(torch.zeros(n_rows, n_features))
+        return self
+
+    def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> NBObservation:
+        """Distribution of counts; see :meth:`Likelihood.forward`."""
+        return NBObservation(self._log_scale(h), library, self._log_theta(h, batch_index))
+
+    def _log_theta(self, h: Tensor, batch_index: Tensor | None) -> Tensor:
+        match self.settings["dispersion"]:
+            case "gene":
+                return self.log_theta  # (1, G)
+            case "gene-batch":
+                return self.log_theta[batch_index]  # (n, G)
+            case _:
+                return self.theta_head(h)  # (..., n, G)
+
+
+@register("zinb")
+class ZINB(NegativeBinomial):
+    """Zero-inflated negative binomial counts; the network also gives the log odds of a structural zero.
+
+    Parameters
+    ----------
+    dispersion
+        As in :class:`NegativeBinomial`.
+
+    References
+    ----------
+    Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
+    """
+
+    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+        """Create the heads; see :meth:`Likelihood.build`."""
+        super().build(n_in, n_features, n_batch)
+        self.zero_head = nn.Linear(n_in, n_features)
+        return self
+
+    def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> ZINBObservation:
+        """Distribution of counts; see :meth:`Likelihood.forward`."""
+        return ZINBObservation(self._log_scale(h), library, self._log_theta(h, batch_index), self.zero_head(h))

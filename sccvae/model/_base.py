@@ -1,0 +1,300 @@
+"""What every model on AnnData has in common: set-up, training, and the stream of cells through the module."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.pretty  # noqa: F401  scvi-tools' view_anndata_setup uses it without importing it
+import torch
+from anndata import AnnData
+from lightning import Callback
+from scvi.data import AnnDataManager
+from scvi.model.base import BaseModelClass
+
+from sccvae.data import (
+    CellStore,
+    ChunkLoader,
+    Schema,
+    anndata_fields,
+    check_setup,
+    check_support,
+    read_cells,
+    split_indices,
+)
+from sccvae.model._saving import SavingMixin
+from sccvae.module import Batch, GenerativeModule
+from sccvae.train import fit
+
+logger = logging.getLogger(__name__)
+
+#: Cells of a mini-batch when nothing is trained.
+INFERENCE_BATCH = 1024
+
+
+class BaseModel(SavingMixin, BaseModelClass, ABC):
+    """Base of all sccvae models; it stands on scvi-tools' registry, so ``view_anndata_setup`` and friends work.
+
+    Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and nothing else.
+
+    Parameters
+    ----------
+    adata
+        AnnData that was set up with ``setup_anndata``; None with ``registry``.
+    registry
+        Saved set-up, to make a model without data.
+    seed
+        Of the initial weights.
+    settings
+        Arguments of the module, as plain JSON values.
+
+    Attributes
+    ----------
+    module
+        The torch module.
+    history
+        Logged name -> data frame with one column, indexed by epoch (scvi-tools' form); None before training.
+    reference
+        What generation needs to know of the training data: quantiles of the library size, combinations of conditions.
+    """
+
+    def __init__(self, adata: AnnData | None, registry: dict | None, seed: int, settings: dict[str, Any]) -> None:
+        super().__init__(adata, registry)
+        self.seed = seed
+        self.settings = settings
+        self.schema = Schema.from_registry(self.registry_)
+        with seeded(seed):
+            self.module = self._make_module()
+        self.reference: dict[str, Any] = {}
+        if adata is not None:
+            self._start_at_data(self._store(adata))
+        self.module.eval()
+        text = ", ".join(f"{k}={v!r}" for k, v in settings.items())
+        self._model_summary_string = f"sccvae {type(self).__name__}({text})\n{self.module.factors}"
+
+    @abstractmethod
+    def _make_module(self) -> GenerativeModule:
+        """Make the torch module from ``self.settings`` and ``self.schema``."""
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say where the model's inputs lie in ``adata``.
+
+        Nothing is written to X or the layers; scvi-tools notes the set-up under ``_scvi_*`` names in obs, obsm and uns.
+
+        Parameters
+        ----------
+        adata
+            Cells x genes; no view.
+        layer
+            Layer with the values, None for X. Count likelihoods need raw counts.
+        batch_key
+            ``obs`` column of the batch (the first condition).
+        labels_key
+            ``obs`` column of class labels.
+        size_factor_key
+            ``obs`` column of positive size factors, used in place of the sum of counts.
+        categorical_covariate_keys
+            More ``obs`` columns of categorical conditions.
+        continuous_covariate_keys
+            ``obs`` columns of continuous conditions; standardised inside the model.
+        **kwargs
+            For ``AnnDataManager.register_fields``.
+
+        Raises
+        ------
+        KeyError
+            If a layer or column is missing.
+        TypeError, ValueError
+            If something named cannot be used; the message says what, where, and what to do.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        args = setup_method_args["setup_args"]
+        check_setup(adata, **args)
+        manager = AnnDataManager(fields=anndata_fields(**args), setup_method_args=setup_method_args)
+        manager.register_fields(adata, **kwargs)
+        cls.register_manager(manager)
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        kl_weight: float = 1.0,
+        kl_warmup: float = 0.2,
+        train_size: float = 0.9,
+        validation_size: float | None = None,
+        early_stopping: bool = True,
+        patience: int | None = None,
+        accelerator: str = "auto",
+        devices: int | str | list[int] = "auto",
+        checkpoint_dir: str | Path | None = None,
+        seed: int = 0,
+        progress_bar: bool = True,
+        callbacks: Sequence[Callback] = (),
+        **trainer_options: Any,
+    ) -> None:
+        """Train on the cells of the set-up; ends with the weights of the best validation epoch.
+
+        Ctrl-C ends it cleanly with the current weights. With ``checkpoint_dir`` a later call goes on where it stopped.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells; None for about 6,000 optimiser steps (20 to 400 epochs).
+        batch_size
+            Most cells of a mini-batch.
+        lr, weight_decay
+            Of AdamW; the learning rate falls along a cosine over all steps.
+        kl_weight, kl_warmup
+            Target of the KL weight (1 is the ELBO), and the share of all steps after which it is reached.
+        train_size, validation_size
+            Shares of the cells; ``validation_size=None`` takes the rest.
+        early_stopping, patience
+            Stop when the negative ELBO of the validation cells has not fallen for ``patience`` epochs.
+        accelerator, devices
+            As for ``lightning.Trainer``.
+        checkpoint_dir
+            Folder for the state of the training after every epoch.
+        seed
+            Of the split, the mini-batch order and the noise; the same seed and device give the same bits.
+        progress_bar
+            Show epoch, losses and cells per second.
+        callbacks
+            More Lightning callbacks.
+        **trainer_options
+            For ``lightning.Trainer``, for example ``logger=``.
+
+        Raises
+        ------
+        ValueError
+            If the model has no data, options do not fit, or the data cannot be described by the likelihood.
+        FloatingPointError
+            If the loss stops being finite; the model then has its best weights.
+        """
+        if self.adata is None:
+            msg = f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, adata=adata)` to train."
+            raise ValueError(msg)
+        store = self._store(self.adata)
+        self.train_indices, self.validation_indices, self.test_indices = split_indices(
+            len(store), train_size, validation_size, seed
+        )
+        result = fit(
+            self.module,
+            store,
+            self.train_indices,
+            self.validation_indices,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            kl_weight=kl_weight,
+            kl_warmup=kl_warmup,
+            early_stopping=early_stopping,
+            patience=patience,
+            accelerator=accelerator,
+            devices=devices,
+            checkpoint_dir=checkpoint_dir,
+            seed=seed,
+            progress_bar=progress_bar,
+            callbacks=callbacks,
+            **trainer_options,
+        )
+        if result.trainer is not None:
+            self.module.to(result.trainer.strategy.root_device)
+        self.trainer = result.trainer
+        self.history_ = result.history
+        self.is_trained = True
+
+    def _store(self, adata: AnnData | None) -> CellStore:
+        """The cells of ``adata`` (None: of the set-up), read and checked against the likelihood."""
+        if adata is None and self.adata is None:
+            msg = "This model was loaded without data; pass adata=."
+            raise ValueError(msg)
+        cells = read_cells(self.adata if adata is None else adata, self.schema)
+        where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
+        check_support(cells, self.module.likelihood.support, where)
+        if self.schema.size_factor_key is not None:
+            # On first sight of the training cells: the unit that makes size factors library sizes in counts.
+            self.reference.setdefault("library_unit", float(cells.x.sum() / cells.library.sum()))
+            cells.library = (cells.library * self.reference["library_unit"]).astype(np.float32)
+        return CellStore(cells)
+
+    def _start_at_data(self, store: CellStore) -> None:
+        """Note what generation needs, and start output heads and covariate scales at the training data."""
+        cells = store.cells
+        combinations, counts = np.unique(cells.codes, axis=0, return_counts=True)
+        self.reference |= {
+            "library_quantiles": np.quantile(cells.library, np.linspace(0, 1, 101)).tolist(),
+            "codes": combinations.tolist(),
+            "frequencies": (counts / counts.sum()).tolist(),
+        }
+        if "image_shape" in self.adata.uns:
+            self.reference["image_shape"] = [int(n) for n in self.adata.uns["image_shape"]]
+        mean = np.asarray(cells.x.mean(0), dtype=np.float32).reshape(-1)
+        if self.module.likelihood.support == "counts":
+            mean = mean / mean.sum()
+        self.module.likelihood.initialise(torch.from_numpy(mean))
+        if hasattr(self.module, "conditions"):
+            self.module.conditions.standardise(torch.from_numpy(cells.covariates))
+
+    def _rows(self, adata: AnnData | None, indices: Sequence[int] | None) -> np.ndarray:
+        n = (self.adata if adata is None else adata).n_obs
+        if indices is None:
+            return np.arange(n)
+        indices = np.asarray(indices)
+        return np.flatnonzero(indices) if indices.dtype == bool else indices.astype(np.int64)
+
+    def _stream(
+        self, adata: AnnData | None, indices: Sequence[int] | None = None, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """Mini-batches of cells, in order, on the module's device."""
+        self._check_if_trained(warn=True)
+        store = self._store(adata)
+        device = next(self.module.parameters()).device
+        loader = ChunkLoader(store, self._rows(adata, indices), batch_size or INFERENCE_BATCH)
+        self.module.eval()
+        for chunk in loader:
+            for tensors in chunk:
+                yield Batch(**{name: t.to(device) for name, t in tensors.items()})
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from ``seed`` inside, and leave torch's global random state as it was."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def evaluating(seed: int) -> Iterator[None]:
+    """:func:`seeded`, without gradients."""
+    with seeded(seed), torch.inference_mode():
+        yield
+
+
+def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The module's settings among the ``locals()`` of a model's ``__init__``, as plain JSON values."""
+    from sccvae.distributions import Likelihood
+
+    left_out = {"self", "adata", "registry", "seed", "__class__"}
+    settings = {k: v for k, v in arguments.items() if k not in left_out}
+    return {k: v.config if isinstance(v, Likelihood) else v for k, v in settings.items()}

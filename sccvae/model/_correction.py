@@ -1,0 +1,116 @@
+"""Decoded expression: denoised, or as it would be in another batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+
+from sccvae.model._base import evaluating
+
+
+class CorrectionMixin:
+    """Normalised and batch-corrected expression."""
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        transform_batch: Any | Sequence[Any] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        return_numpy: bool = False,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame | np.ndarray:
+        """Expected expression of each cell, decoded from its latent coordinates.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, seed
+            As for ``get_latent_representation``.
+        transform_batch
+            Decode as if every cell came from this batch (a category of ``batch_key``); a list averages over several. None
+            keeps each cell's own.
+        gene_list
+            Genes to give, in this order; None for all.
+        library_size
+            For count likelihoods: the sum over all genes of a cell's values; ``"latent"`` is the cell's own library size.
+            Other likelihoods give the mean on the scale of the input and take no library size.
+        n_samples
+            1 decodes the mean of q(z|x); more average over that many draws.
+        return_numpy
+            An array instead of a data frame.
+
+        Returns
+        -------
+        (n, genes) float32, cells x genes; a data frame with names, or an array.
+
+        Raises
+        ------
+        ValueError
+            If a gene or batch is not known, or the model cannot change the batch.
+        """
+        schema = self.schema
+        columns = np.arange(len(schema.var_names))
+        if gene_list is not None:
+            columns = pd.Index(schema.var_names).get_indexer(list(gene_list))
+            if (columns < 0).any():
+                unknown = [g for g, i in zip(gene_list, columns, strict=True) if i < 0]
+                msg = f"The model has no genes {unknown[:5]}{' ...' if len(unknown) > 5 else ''}; see adata.var_names."
+                raise ValueError(msg)
+        codes = self._target_codes(transform_batch)
+        counts = self.module.likelihood.support == "counts"
+        if not counts and library_size != 1:
+            msg = f"library_size={library_size!r} needs a count likelihood; this model gives means on the scale of its input."
+            raise ValueError(msg)
+        parts = []
+        with evaluating(seed):
+            for batch in self._stream(adata, indices, batch_size):
+                q = self.module.inference(batch)["z"]
+                if isinstance(q, torch.Tensor):
+                    draws = [q]
+                else:
+                    draws = [q.loc] if n_samples == 1 else [q.sample() for _ in range(n_samples)]
+                size = batch.library if library_size == "latent" else float(library_size)
+                total = 0
+                for code in codes:
+                    target = batch if code is None else _in_batch(batch, code)
+                    for z in draws:
+                        total = total + self.module.generative({"z": z}, target).expression(size)[:, columns]
+                parts.append((total / (len(codes) * len(draws))).cpu().numpy())
+        values = np.concatenate(parts)
+        if return_numpy:
+            return values
+        names = (self.adata if adata is None else adata).obs_names[self._rows(adata, indices)]
+        return pd.DataFrame(values, index=names, columns=schema.var_names[columns])
+
+    def _target_codes(self, transform_batch: Any) -> list[int | None]:
+        if transform_batch is None:
+            return [None]
+        if self.schema.batch_key is None or not self._decoder_sees_conditions:
+            msg = (
+                f"transform_batch={transform_batch!r}: this {type(self).__name__} does not decode from the batch. Use a CVAE "
+                "with batch_key= in setup_anndata and prior='fixed'."
+            )
+            raise ValueError(msg)
+        several = isinstance(transform_batch, (list, tuple, np.ndarray, pd.Index))
+        return [self.schema.code(self.schema.batch_key, b) for b in (transform_batch if several else [transform_batch])]
+
+    @property
+    def _decoder_sees_conditions(self) -> bool:
+        return any("c" in f.parents for f in self.module.factors.generative if f.variable == "x")
+
+
+def _in_batch(batch, code: int):
+    """The same cells with the code of their first condition replaced."""
+    codes = batch.codes.clone()
+    codes[:, 0] = code
+    return replace(batch, codes=codes)

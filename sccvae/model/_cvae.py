@@ -1,0 +1,100 @@
+"""The conditional variational autoencoder on AnnData."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import numpy as np
+from anndata import AnnData
+
+from sccvae import module
+from sccvae.distributions import Likelihood
+from sccvae.model._base import BaseModel, settings_of
+from sccvae.model._correction import CorrectionMixin
+from sccvae.model._latent import VariationalMixin
+from sccvae.model._sampling import SamplingMixin
+
+
+class CVAE(VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
+    """Conditional VAE (source text 4.3.1): removes batch effects, or separates known conditions.
+
+    Parameters
+    ----------
+    adata
+        AnnData after ``CVAE.setup_anndata`` with at least one condition: ``batch_key``, ``categorical_covariate_keys`` or
+        ``continuous_covariate_keys``.
+    prior
+        ``"fixed"``: p(x|z,c) N(z; 0, I), z forgets the conditions (batch-effect removal). ``"learned"``: p(x|z) p(z|c), one
+        blob in z for each condition.
+    encode_condition
+        q(z|x,c) if true, else q(z|x).
+    likelihood, n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, seed, registry
+        As for :class:`VAE`.
+
+    Examples
+    --------
+    >>> sccvae.model.CVAE.setup_anndata(adata, layer="counts", batch_key="batch")
+    >>> model = sccvae.model.CVAE(adata)
+    >>> model.train()
+    >>> adata.obsm["X_cvae"] = model.get_latent_representation()
+    >>> adata.layers["corrected"] = model.get_normalized_expression(transform_batch="batch0", library_size=1e4)
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        *,
+        prior: Literal["fixed", "learned"] = "fixed",
+        encode_condition: bool = True,
+        likelihood: str | dict | Likelihood = "nb",
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        n_samples: int = 1,
+        activation: str = "relu",
+        norm: Literal["batch", "layer"] | None = "batch",
+        dropout: float = 0.0,
+        skip: bool = False,
+        seed: int = 0,
+        registry: dict | None = None,
+    ) -> None:
+        super().__init__(adata, registry, seed, settings_of(locals()))
+        if not self.schema.continuous and all(n == 1 for n in self.schema.n_categories):
+            keys = list(self.schema.categories)
+            msg = (
+                f"adata.obs{keys} has a single category: there is no batch effect to model, and the CVAE acts as a VAE."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=2)
+
+    def _make_module(self) -> module.CVAE:
+        if not self.schema.categories and not self.schema.continuous:
+            msg = (
+                "A CVAE needs a condition: call CVAE.setup_anndata with batch_key=, categorical_covariate_keys= or "
+                "continuous_covariate_keys=; or use a VAE."
+            )
+            raise ValueError(msg)
+        return module.CVAE(
+            len(self.schema.var_names), self.schema.n_categories, len(self.schema.continuous), **self.settings
+        )
+
+    def prior_centers(self) -> AnnData:
+        """Decode the mean of p(z|c) for each combination of conditions in the training data (learned prior only).
+
+        Returns
+        -------
+        AnnData (combinations, genes) of expected values (at the median library size for counts); obs holds the
+        conditions, ``obsm["z"]`` the centres.
+
+        Raises
+        ------
+        ValueError
+            If the prior is fixed: it has one centre, zero.
+        """
+        if self.module.fixed_prior:
+            msg = "prior='fixed' has no centres of its own; make the model with prior='learned'."
+            raise ValueError(msg)
+        codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(len(self.reference["frequencies"]), -1)
+        library = np.full((len(codes), 1), self.reference["library_quantiles"][50], dtype=np.float32)
+        return self._generate(codes, library, mean=True, seed=0, center=True)

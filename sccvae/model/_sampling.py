@@ -1,0 +1,98 @@
+"""New cells from the generative model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+from sccvae.model._base import INFERENCE_BATCH, evaluating
+from sccvae.module import Batch
+
+
+class SamplingMixin:
+    """Generation: z from the prior, then x from p(x|z,c) (source text 4.2.6)."""
+
+    def sample(self, n: int, *, batch: Any | None = None, mean: bool = False, seed: int = 0) -> AnnData:
+        """Generate ``n`` cells that never existed.
+
+        Conditions are drawn as often as in the training data, continuous covariates stand at their training mean, and
+        library sizes (for counts) are drawn from those of the training cells.
+
+        Parameters
+        ----------
+        n
+            Number of cells.
+        batch
+            Category of ``batch_key`` for all of them; None draws it.
+        mean
+            Give the expected values instead of draws (for images: grey instead of black and white).
+        seed
+            Of all draws.
+
+        Returns
+        -------
+        AnnData (n, genes): X sparse for counts, else dense, float32; obs with the conditions; ``obsm["z"]``.
+
+        Raises
+        ------
+        ValueError
+            If the batch is not known.
+        """
+        rng = np.random.default_rng(seed)
+        frequencies = np.asarray(self.reference["frequencies"])
+        codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(len(frequencies), -1)
+        if batch is not None:
+            if self.schema.batch_key is None:
+                msg = f"batch={batch!r}: the model was set up without batch_key."
+                raise ValueError(msg)
+            keep = codes[:, 0] == self.schema.code(self.schema.batch_key, batch)
+            codes, frequencies = codes[keep], frequencies[keep] / frequencies[keep].sum()
+        codes = codes[rng.choice(len(codes), n, p=frequencies)]
+        quantiles = self.reference["library_quantiles"]
+        library = np.interp(rng.uniform(0, 100, n), np.arange(101), quantiles).astype(np.float32).reshape(-1, 1)
+        return self._generate(codes, library, mean=mean, seed=seed)
+
+    def _generate(
+        self, codes: np.ndarray, library: np.ndarray, *, mean: bool, seed: int, center: bool = False
+    ) -> AnnData:
+        """Cells with these codes (n, n_keys) and library sizes (n, 1); ``center`` puts z at the mean of its prior."""
+        module, schema = self.module.eval(), self.schema
+        device = next(module.parameters()).device
+        parts, latents = [], []
+        counts = module.likelihood.support == "counts"
+        with evaluating(seed):
+            for rows in np.array_split(np.arange(len(codes)), max(1, -(-len(codes) // INFERENCE_BATCH))):
+                covariates = torch.zeros(len(rows), len(schema.continuous), device=device)
+                if schema.continuous and hasattr(module, "conditions"):
+                    covariates = covariates + module.conditions.center
+                x = torch.zeros(
+                    len(rows), len(schema.var_names), device=device
+                )  # not read: only its type and device are
+                batch = Batch(
+                    x, torch.from_numpy(codes[rows]).to(device), covariates, torch.from_numpy(library[rows]).to(device)
+                )
+                p = module.prior(batch)["z"]
+                shape = (len(rows), self.settings["n_latent"])
+                loc, scale = p.loc.expand(shape), p.scale.expand(shape)
+                z = loc if center else loc + scale * torch.randn(shape, device=device)
+                p_x = module.generative({"z": z}, batch)
+                values = (p_x.mean if mean else p_x.sample()).cpu().numpy()
+                parts.append(sparse.csr_matrix(values) if counts else values)
+                latents.append(z.cpu().numpy())
+        obs = pd.DataFrame(index=[f"generated-{i}" for i in range(len(codes))])
+        for i, (key, categories) in enumerate(schema.categories.items()):
+            obs[key] = pd.Categorical.from_codes(codes[:, i], categories=categories)
+        generated = AnnData(
+            sparse.vstack(parts, format="csr") if counts else np.concatenate(parts),
+            obs=obs,
+            var=pd.DataFrame(index=schema.var_names),
+            obsm={"z": np.concatenate(latents)},
+        )
+        if "image_shape" in self.reference:
+            generated.uns["image_shape"] = list(self.reference["image_shape"])
+        return generated

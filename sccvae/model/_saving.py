@@ -1,0 +1,210 @@
+"""Models on disk: a folder with ``model.json`` and ``weights.safetensors``. Nothing is pickled, nothing is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sccvae import __version__
+from sccvae.data import read_cells
+
+JSON_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
+FORMAT = 1
+
+
+class SavingMixin:
+    """Saving and loading."""
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Save the model, without data, to a folder; it appears there whole or not at all.
+
+        Parameters
+        ----------
+        folder
+            Where to; its parent must exist.
+        overwrite
+            Replace a model that is there. A folder that holds anything else is never replaced.
+
+        Raises
+        ------
+        FileExistsError
+            If the folder is there and ``overwrite`` is false, or it holds something else than a model.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            if not overwrite:
+                msg = f"{folder} exists; pass overwrite=True to replace the model in it."
+                raise FileExistsError(msg)
+            if not folder.is_dir() or {f.name for f in folder.iterdir()} - {JSON_FILE, WEIGHTS_FILE}:
+                msg = f"{folder} holds other things than a saved model, so it is not replaced; choose another folder."
+                raise FileExistsError(msg)
+        content = {
+            "format": FORMAT,
+            "sccvae_version": __version__,
+            "class": type(self).__name__,
+            "settings": self.settings,
+            "seed": self.seed,
+            "trained": bool(self.is_trained),
+            "registry": _encode(self.registry_),
+            "reference": self.reference,
+            "history": {name: frame[name].tolist() for name, frame in (self.history_ or {}).items()},
+            "splits": {k: _encode(getattr(self, k)) for k in ("train_indices", "validation_indices", "test_indices")},
+        }
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            (temporary / JSON_FILE).write_text(json.dumps(content, indent=1))
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()},
+                temporary / WEIGHTS_FILE,
+            )
+            temporary.chmod(0o755)
+            if folder.exists():
+                old = temporary.with_name(temporary.name + "-old")
+                os.replace(folder, old)
+                os.replace(temporary, folder)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path, adata: AnnData | None = None) -> Self:
+        """Load a model.
+
+        Parameters
+        ----------
+        folder
+            Where :meth:`save` put it.
+        adata
+            Data to attach, set up as the training data were: the same genes in any order, known categories. Without
+            it, pass ``adata=`` to the methods; generation works without.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no model.
+        ValueError
+            If the folder holds files that are not part of a model, a damaged or newer one, or another class of model; or
+            the data do not fit it.
+        """
+        folder = Path(folder)
+        content = _read(folder)
+        if content["class"] != cls.__name__:
+            msg = f"{folder} holds a {content['class']}; use sccvae.model.{content['class']}.load or sccvae.model.load."
+            raise ValueError(msg)
+        registry = _decode(content["registry"])
+        model = cls(registry=registry, seed=content["seed"], **content["settings"])
+        try:
+            weights = load_file(folder / WEIGHTS_FILE)
+            model.module.load_state_dict(weights)
+        except (SafetensorError, RuntimeError) as error:
+            msg = f"{folder / WEIGHTS_FILE} is damaged or does not belong to {JSON_FILE}: {error}"
+            raise ValueError(msg) from error
+        model.reference = content["reference"]
+        model.history_ = {
+            name: pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
+            for name, values in content["history"].items()
+        } or None
+        model.is_trained = content["trained"]
+        for name, rows in content["splits"].items():
+            setattr(model, name, _decode(rows))
+        if adata is not None:
+            model._attach(adata)
+        return model
+
+    def _attach(self, adata: AnnData) -> None:
+        """Make ``adata`` the model's data, registered as the training data were."""
+        read_cells(adata, self.schema)  # any misfit is named here
+        if adata.n_vars != len(self.schema.var_names):
+            msg = (
+                f"adata has {adata.n_vars} genes, the model {len(self.schema.var_names)}: subset it first with "
+                "`adata = adata[:, model.schema.var_names].copy()`, or load without adata and pass it to the methods."
+            )
+            raise ValueError(msg)
+        type(self).setup_anndata(adata, **self.registry_["setup_args"], source_registry=self.registry_)
+        self._adata = adata
+        self._adata_manager = self._get_most_recent_anndata_manager(adata, required=True)
+        self._register_manager_for_instance(self._adata_manager)
+
+
+def load(folder: str | Path, adata: AnnData | None = None) -> Any:
+    """Load a saved model of any class.
+
+    Parameters
+    ----------
+    folder, adata
+        As for :meth:`sccvae.model.BaseModel.load`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As for :meth:`sccvae.model.BaseModel.load`.
+    """
+    from sccvae import model
+
+    name = _read(Path(folder))["class"]
+    if name not in model.__all__ or name in ("BaseModel", "load"):
+        msg = f"{folder} holds a model of class {name!r}, which this sccvae does not have."
+        raise ValueError(msg)
+    return getattr(model, name).load(folder, adata)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """``model.json``, after a look at every file in the folder."""
+    if not (folder / JSON_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        msg = f"{folder} is no saved sccvae model: it needs {JSON_FILE} and {WEIGHTS_FILE}."
+        raise FileNotFoundError(msg)
+    unknown = sorted(f.name for f in folder.iterdir() if f.name not in (JSON_FILE, WEIGHTS_FILE))
+    if unknown:
+        msg = (
+            f"{folder} holds files that are not part of a sccvae model: {unknown}. Nothing was loaded, since a foreign file "
+            "(a pickle, say) can run code; move them away if you trust the rest."
+        )
+        raise ValueError(msg)
+    try:
+        content = json.loads((folder / JSON_FILE).read_text())
+        found = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{folder / JSON_FILE} is damaged: {error}"
+        raise ValueError(msg) from error
+    if found != FORMAT:
+        msg = f"{folder} is in format {found!r} (sccvae {content.get('sccvae_version')}); this sccvae {__version__} reads format {FORMAT}."
+        raise ValueError(msg)
+    return content
+
+
+def _encode(value: Any) -> Any:
+    """A registry as JSON: arrays become tagged lists, so that they come back as arrays of the same type."""
+    if isinstance(value, np.ndarray | pd.Index):
+        value = np.asarray(value)
+        dtype = "object" if value.dtype.kind in "OUST" else value.dtype.str
+        return {"__array__": [_encode(v) for v in value.tolist()], "dtype": dtype}
+    if isinstance(value, dict):
+        return {str(k): _encode(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    msg = f"Cannot save a value of type {type(value).__name__} ({value!r}) without pickling."
+    raise TypeError(msg)
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "__array__" in value:
+            return np.array(value["__array__"], dtype=value["dtype"])
+        return {k: _decode(v) for k, v in value.items()}
+    return [_decode(v) for v in value] if isinstance(value, list) else value

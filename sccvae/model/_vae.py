@@ -1,0 +1,70 @@
+"""The variational autoencoder on AnnData."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from anndata import AnnData
+
+from sccvae import module
+from sccvae.distributions import Likelihood
+from sccvae.model._base import BaseModel, settings_of
+from sccvae.model._correction import CorrectionMixin
+from sccvae.model._latent import VariationalMixin
+from sccvae.model._sampling import SamplingMixin
+
+
+class VAE(VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
+    """Variational autoencoder: p(x|z) N(z; 0, I), q(z|x) (source text 4.2).
+
+    Parameters
+    ----------
+    adata
+        AnnData after ``VAE.setup_anndata``. Conditions are not used: see :class:`CVAE`.
+    likelihood
+        p(x|z): ``"nb"``, ``"zinb"``, ``"poisson"`` for raw counts; ``"normal"`` (a sigma-VAE with one learned sigma for each
+        gene, 4.2.7) for log-normalised values; ``"bernoulli"`` for pixels; or an object of ``sccvae.distributions``.
+    n_latent
+        Dimension of z.
+    n_hidden, n_layers
+        Width and number of hidden layers on either side.
+    kl
+        ``"analytic"`` (equation 4.13) or ``"monte_carlo"`` (equation 4.10).
+    n_samples
+        Draws of z for each cell in the ELBO.
+    activation, norm, dropout, skip
+        As for :class:`sccvae.nn.MLP`.
+    seed
+        Of the initial weights.
+    registry
+        Saved set-up, to make a model without data.
+
+    Examples
+    --------
+    >>> sccvae.model.VAE.setup_anndata(adata, layer="counts")
+    >>> model = sccvae.model.VAE(adata)
+    >>> model.train()
+    >>> adata.obsm["X_vae"] = model.get_latent_representation()
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        *,
+        likelihood: str | dict | Likelihood = "nb",
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        n_samples: int = 1,
+        activation: str = "relu",
+        norm: Literal["batch", "layer"] | None = "batch",
+        dropout: float = 0.0,
+        skip: bool = False,
+        seed: int = 0,
+        registry: dict | None = None,
+    ) -> None:
+        super().__init__(adata, registry, seed, settings_of(locals()))
+
+    def _make_module(self) -> module.VAE:
+        return module.VAE(len(self.schema.var_names), **self.settings)

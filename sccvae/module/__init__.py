@@ -1,0 +1,9 @@
+"""Generative models on bare tensors: one file is one plate diagram."""
+
+from sccvae.module._base import Batch, GenerativeModule, LatentVariableModule
+from sccvae.module._factorization import Factor, Factorization
+from sccvae.module.ae import AE
+from sccvae.module.cvae import CVAE
+from sccvae.module.vae import VAE
+
+__all__ = ["AE", "CVAE", "VAE", "Batch", "Factor", "Factorization", "GenerativeModule", "LatentVariableModule"]

@@ -1,0 +1,163 @@
+"""What every plate has in common. Only this file weights, sums and reports the terms of an ELBO."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from sccvae.distributions import Observation, kl_normal
+from sccvae.module._factorization import Factorization
+
+
+@dataclass
+class Batch:
+    """A mini-batch of n observations as tensors on one device.
+
+    Attributes
+    ----------
+    x
+        Observed values, (n, G) floating.
+    codes
+        Category of each categorical condition, (n, n_keys) int64; the batch comes first. (n, 0) if there is none.
+    covariates
+        Continuous covariates, (n, n_continuous) floating. (n, 0) if there is none.
+    library
+        Library size of each observation, (n, 1) floating; counts.
+    """
+
+    x: Tensor
+    codes: Tensor
+    covariates: Tensor
+    library: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, codes: Tensor | None = None, covariates: Tensor | None = None) -> Batch:
+        """Make a batch from data (n, G) and, optionally, conditions: codes (n,) or (n, n_keys), covariates (n, m)."""
+        empty = x.new_zeros(len(x), 0)
+        codes = empty.long() if codes is None else codes.reshape(len(x), -1)
+        return cls(x, codes, empty if covariates is None else covariates, x.sum(-1, keepdim=True))
+
+    @property
+    def batch_index(self) -> Tensor | None:
+        """First condition, (n,) int64, or None."""
+        return self.codes[:, 0] if self.codes.shape[1] else None
+
+
+class GenerativeModule(nn.Module, ABC):
+    """A model: what it declares (``factors``), its inference, its generation, and the terms of its negative ELBO.
+
+    Attributes
+    ----------
+    factors
+        The declared factorisation. Its ``terms`` are the names that :meth:`elbo_terms` returns (a test holds this).
+    """
+
+    factors: Factorization
+
+    @abstractmethod
+    def inference(self, batch: Batch) -> dict[str, Normal | Tensor]:
+        """Give q of each latent variable: a normal over (n, d), or the value itself (n, d) if deterministic."""
+
+    @abstractmethod
+    def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
+        """Give p(x | latents, conditions) for latents (..., n, d)."""
+
+    @abstractmethod
+    def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Terms of the negative ELBO, each (n,) in nats, by name; their sum is the loss of a cell (equation 4.8)."""
+
+    def loss(self, batch: Batch, kl_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Objective of a mini-batch, and a report of its parts.
+
+        Parameters
+        ----------
+        batch
+            The observations.
+        kl_weight
+            Factor of every ``kl_*`` term: 1 gives the negative ELBO.
+
+        Returns
+        -------
+        The mean over the batch of the weighted sum of terms (rule 2.2), a scalar with gradient; and the batch means of
+        every term, of ``elbo`` (the unweighted sum, a negative ELBO) and of ``loss``, detached.
+        """
+        terms = self.elbo_terms(batch)
+        means = {name: term.mean() for name, term in terms.items()}
+        objective = sum(kl_weight * m if name.startswith("kl_") else m for name, m in means.items())
+        report = {name: m.detach() for name, m in means.items()}
+        report["elbo"] = sum(report.values())
+        report["loss"] = objective.detach()
+        return objective, report
+
+
+class LatentVariableModule(GenerativeModule, ABC):
+    """A model whose latent variables all have a normal posterior and a normal prior.
+
+    A plate gives ``inference``, ``prior`` and ``generative``; the ELBO (equation 4.8) follows.
+
+    Parameters
+    ----------
+    kl
+        ``"analytic"`` (equation 4.13) or ``"monte_carlo"``, the mean of log q - log p over the draws (equation 4.10).
+    n_samples
+        Number k of draws from q for each observation.
+
+    Raises
+    ------
+    ValueError
+        If ``kl`` is not known or ``n_samples`` is not positive.
+    """
+
+    def __init__(self, kl: Literal["analytic", "monte_carlo"] = "analytic", n_samples: int = 1) -> None:
+        super().__init__()
+        if kl not in ("analytic", "monte_carlo") or n_samples < 1:
+            msg = f"kl={kl!r}, n_samples={n_samples}: choose kl='analytic' or 'monte_carlo' and n_samples >= 1."
+            raise ValueError(msg)
+        self.kl = kl
+        self.n_samples = n_samples
+
+    @abstractmethod
+    def prior(self, batch: Batch) -> dict[str, Normal]:
+        """Give p of each latent variable, broadcastable to (n, d)."""
+
+    def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """``reconstruction`` and one ``kl_<variable>`` for each latent variable, each (n,) in nats."""
+        batch = replace(batch, x=self.likelihood.observe(batch.x))
+        q, p = self.inference(batch), self.prior(batch)
+        draws = {v: d.rsample((self.n_samples,)) for v, d in q.items()}  # each (k, n, d)
+        reconstruction = -self.generative(draws, batch).log_prob(batch.x).mean(0)  # (k, n) -> (n,)
+        return {"reconstruction": reconstruction} | {f"kl_{v}": self._kl(q[v], p[v], draws[v]) for v in q}
+
+    def _kl(self, q: Normal, p: Normal, draws: Tensor) -> Tensor:
+        if self.kl == "analytic":
+            return kl_normal(q.loc, q.scale, p.loc, p.scale)
+        return (q.log_prob(draws) - p.log_prob(draws)).sum(-1).mean(0)
+
+    def log_weights(self, batch: Batch, n_samples: int) -> Tensor:
+        """Log importance weights log p(x,z|c) - log q(z|x,c) of draws from q, (n_samples, n) in nats.
+
+        Their log-mean-exp is a lower bound of log p(x|c) that tightens with the number of samples (Burda et al. 2016).
+        """
+        q, p = self.inference(batch), self.prior(batch)
+        z = {name: d.sample((n_samples,)) for name, d in q.items()}
+        log_w = self.generative(z, batch).log_prob(batch.x)
+        return log_w + sum((p[v].log_prob(z[v]) - q[v].log_prob(z[v])).sum(-1) for v in z)
+
+    def marginal_ll(self, batch: Batch, n_samples: int, chunk: int) -> Tensor:
+        """Importance-weighted bound of log p(x|c), (n,) in nats, with at most ``chunk`` draws in memory at a time."""
+        total = batch.x.new_full((len(batch.x),), -math.inf)
+        for start in range(0, n_samples, chunk):
+            log_w = self.log_weights(batch, min(chunk, n_samples - start))
+            total = torch.logaddexp(total, log_w.logsumexp(0))
+        return total - math.log(n_samples)
+
+
+def standard_normal(x: Tensor) -> Normal:
+    """N(0, 1) as scalars of the type and device of ``x``, to broadcast over any latent variable."""
+    return Normal(x.new_zeros(()), x.new_ones(()), validate_args=False)

@@ -1,0 +1,108 @@
+"""Conditional variational autoencoder (source text 4.3.1): one plate that forgets c, one that separates it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+from torch.distributions import Normal
+
+from sccvae.distributions import Likelihood, Observation, as_likelihood
+from sccvae.module._base import Batch, LatentVariableModule, standard_normal
+from sccvae.module._factorization import Factorization
+from sccvae.nn import MLP, Conditions, GaussianEncoder
+
+
+class CVAE(LatentVariableModule):
+    """Conditional VAE.
+
+    ``prior="fixed"``: p(x|z,c) N(z; 0, I). The decoder knows c, so z need not hold it: z forgets the condition.
+    ``prior="learned"``: p(x|z) p(z|c) p(c). The decoder knows z only, so z must hold c: one blob for each condition,
+    placed by a network (equation 4.16). p(c) is constant and left out of the loss.
+
+    Parameters
+    ----------
+    n_features
+        Number G of features.
+    n_categories
+        Number of categories of each categorical condition, the batch first.
+    n_continuous
+        Number of continuous covariates in c.
+    prior
+        ``"fixed"`` or ``"learned"``.
+    encode_condition
+        q(z|x,c) if true, else q(z|x).
+    likelihood, n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip
+        As for :class:`sccvae.module.VAE`.
+
+    Raises
+    ------
+    ValueError
+        If there is no condition at all, or ``prior`` is not known.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_categories: Sequence[int],
+        n_continuous: int = 0,
+        *,
+        prior: Literal["fixed", "learned"] = "fixed",
+        encode_condition: bool = True,
+        likelihood: str | Likelihood = "nb",
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        kl: Literal["analytic", "monte_carlo"] = "analytic",
+        n_samples: int = 1,
+        activation: str = "relu",
+        norm: Literal["batch", "layer"] | None = "batch",
+        dropout: float = 0.0,
+        skip: bool = False,
+    ) -> None:
+        super().__init__(kl, n_samples)
+        if prior not in ("fixed", "learned"):
+            msg = f"prior={prior!r} is not known; choose 'fixed' (forgets the condition) or 'learned' (separates it)."
+            raise ValueError(msg)
+        self.conditions = Conditions(n_categories, n_continuous)
+        if not self.conditions.width:
+            msg = (
+                "A CVAE needs at least one condition (batch, categorical or continuous); use a VAE without conditions."
+            )
+            raise ValueError(msg)
+        self.encode_condition = encode_condition
+        self.fixed_prior = prior == "fixed"
+        self.factors = Factorization(
+            p="p(x|z,c) p(z)" if self.fixed_prior else "p(x|z) p(z|c) p(c)",
+            q="q(z|x,c)" if encode_condition else "q(z|x)",
+        )
+        mlp = {
+            "activation": activation,
+            "norm": norm,
+            "dropout": dropout,
+            "skip": skip,
+            "n_hidden": [n_hidden] * n_layers,
+        }
+        n_cond = self.conditions.width
+        self.encoder = GaussianEncoder(n_features, n_latent, n_cond=n_cond if encode_condition else 0, **mlp)
+        self.decoder = MLP(n_latent, n_cond=n_cond if self.fixed_prior else 0, **mlp)
+        self.prior_net = None if self.fixed_prior else GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None)
+        n_batch = self.conditions.n_categories[0] if n_categories else 1
+        self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features, n_batch)
+
+    def c(self, batch: Batch) -> Tensor:
+        """The vector of conditions, (n, C)."""
+        return self.conditions(batch.codes, batch.covariates)
+
+    def inference(self, batch: Batch) -> dict[str, Normal]:
+        """q(z|x,c) or q(z|x)."""
+        return {"z": self.encoder(self.likelihood.encoder_input(batch.x), self.c(batch))}
+
+    def prior(self, batch: Batch) -> dict[str, Normal]:
+        """N(z; 0, I), or p(z|c) by a network."""
+        return {"z": standard_normal(batch.x) if self.fixed_prior else self.prior_net(self.c(batch))}
+
+    def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
+        """p(x|z,c) with the fixed prior, p(x|z) with the learned one."""
+        return self.likelihood(self.decoder(latents["z"], self.c(batch)), batch.library, batch.batch_index)

@@ -1,0 +1,16 @@
+"""Networks: conditioned layers, encoders, decoders' bodies, corruption. On torch alone."""
+
+from sccvae.nn.conditions import Conditions, ConditionedLinear
+from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
+from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder
+
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "ConditionedLinear",
+    "Conditions",
+    "GaussianEncoder",
+    "GaussianNoise",
+    "Masking",
+    "as_corruption",
+]

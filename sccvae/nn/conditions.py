@@ -1,0 +1,80 @@
+"""Known conditions (batch, donor, treatment, age) as a vector, and the linear layer that takes them in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, one_hot
+
+
+class Conditions(nn.Module):
+    """The vector c of a cell: one-hot categories side by side, then standardised continuous covariates.
+
+    Parameters
+    ----------
+    n_categories
+        Number of categories of each categorical condition, such as ``(2, 8)``.
+    n_continuous
+        Number of continuous covariates.
+
+    Attributes
+    ----------
+    width
+        Length of c.
+    """
+
+    def __init__(self, n_categories: Sequence[int] = (), n_continuous: int = 0) -> None:
+        super().__init__()
+        self.n_categories = tuple(n_categories)
+        self.width = sum(self.n_categories) + n_continuous
+        self.register_buffer("center", torch.zeros(n_continuous))
+        self.register_buffer("spread", torch.ones(n_continuous))
+
+    def standardise(self, covariates: Tensor) -> None:
+        """Take centre and spread of the continuous covariates from the training cells, (n, n_continuous)."""
+        if not covariates.shape[1]:
+            return
+        self.center.copy_(covariates.mean(0))
+        spread = covariates.std(0, correction=0)
+        self.spread.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
+
+    def forward(self, codes: Tensor, covariates: Tensor) -> Tensor:
+        """Build c.
+
+        Parameters
+        ----------
+        codes
+            Category of each condition, (n, len(n_categories)) int64.
+        covariates
+            Continuous covariates, (n, n_continuous) floating.
+
+        Returns
+        -------
+        (n, width) floating.
+        """
+        hot = [one_hot(codes[:, i], n).to(covariates.dtype) for i, n in enumerate(self.n_categories)]
+        return torch.cat([*hot, (covariates - self.center) / self.spread], dim=-1)
+
+
+class ConditionedLinear(nn.Module):
+    """y = W h + V c + b: the same as a linear layer on the concatenation [h, c], with V apart so that it can grow.
+
+    Parameters
+    ----------
+    n_in, n_out
+        Widths of h and y.
+    n_cond
+        Width of c; with 0 this is a plain linear layer.
+    """
+
+    def __init__(self, n_in: int, n_out: int, n_cond: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_out)
+        self.condition = nn.Linear(n_cond, n_out, bias=False) if n_cond else None
+
+    def forward(self, h: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map h (..., n, n_in) and c (n, n_cond) to (..., n, n_out)."""
+        y = self.linear(h)
+        return y if self.condition is None else y + linear(c, self.condition.weight)

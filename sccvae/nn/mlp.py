@@ -1,0 +1,143 @@
+"""Feed-forward networks (source text, definition 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn.functional import softplus
+
+from sccvae.nn.conditions import ConditionedLinear
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+}
+"""Activation functions by name (definition 3.1 and the usual others)."""
+
+
+class _RowNorm(nn.Module):
+    """Batch norm over all leading axes, so that (samples, n, width) is normalised as (samples * n, width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # A slower running mean than torch's 0.1: the validation loss is then not ruled by the last few mini-batches.
+        self.norm = nn.BatchNorm1d(width, momentum=0.01, eps=1e-3)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(h.reshape(-1, h.shape[-1])).reshape(h.shape)
+
+
+def _norm(kind: str | None, width: int) -> nn.Module:
+    match kind:
+        case None:
+            return nn.Identity()
+        case "batch":
+            return _RowNorm(width)
+        case "layer":
+            return nn.LayerNorm(width)
+        case _:
+            msg = f"norm={kind!r} is not known; choose 'batch', 'layer' or None."
+            raise ValueError(msg)
+
+
+class MLP(nn.Module):
+    """Linear layers with norm, activation and dropout; conditions enter every layer.
+
+    Parameters
+    ----------
+    n_in
+        Width of the input.
+    n_hidden
+        Widths of the layers; empty for the identity map.
+    n_cond
+        Width of the conditions c, 0 for none.
+    activation
+        A name in :data:`ACTIVATIONS`.
+    norm
+        ``"batch"``, ``"layer"`` or None.
+    dropout
+        Probability of dropping a hidden unit.
+    skip
+        Give the input to every later layer too (rule 5 of definition 3.3: edges that jump levels).
+
+    Attributes
+    ----------
+    n_out
+        Width of the output.
+
+    Raises
+    ------
+    ValueError
+        If the activation or norm is not known.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: Sequence[int],
+        *,
+        n_cond: int = 0,
+        activation: str = "relu",
+        norm: Literal["batch", "layer"] | None = "batch",
+        dropout: float = 0.0,
+        skip: bool = False,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            msg = f"activation={activation!r} is not known; choose one of {sorted(ACTIVATIONS)}."
+            raise ValueError(msg)
+        self.skip = skip
+        self.linears = nn.ModuleList()
+        self.afters = nn.ModuleList()
+        width = n_in
+        for i, n in enumerate(n_hidden):
+            self.linears.append(ConditionedLinear(width + (n_in if skip and i else 0), n, n_cond))
+            self.afters.append(nn.Sequential(_norm(norm, n), ACTIVATIONS[activation](), nn.Dropout(dropout)))
+            width = n
+        self.n_out = width
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map x (..., n, n_in) and conditions c (n, n_cond) to (..., n, n_out)."""
+        h = x
+        for i, (linear, after) in enumerate(zip(self.linears, self.afters, strict=True)):
+            h = after(linear(torch.cat([h, x], dim=-1) if self.skip and i else h, c))
+        return h
+
+
+class GaussianEncoder(nn.Module):
+    """A network for a diagonal normal: N(loc(h), scale(h)) with h = MLP(x, c).
+
+    Parameters
+    ----------
+    n_in
+        Width of the input.
+    n_latent
+        Dimension of the normal.
+    **mlp
+        As for :class:`MLP`.
+    """
+
+    #: Smallest standard deviation: keeps log(scale) finite whatever the weights.
+    MIN_SCALE = 1e-4
+
+    def __init__(self, n_in: int, n_latent: int, **mlp) -> None:
+        super().__init__()
+        self.body = MLP(n_in, **mlp)
+        self.loc = nn.Linear(self.body.n_out, n_latent)
+        self.scale = nn.Linear(self.body.n_out, n_latent)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Normal:
+        """The normal for x (..., n, n_in) and c (n, n_cond): loc and scale (..., n, n_latent)."""
+        h = self.body(x, c)
+        return Normal(self.loc(h), softplus(self.scale(h)) + self.MIN_SCALE, validate_args=False)

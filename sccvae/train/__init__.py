@@ -1,0 +1,17 @@
+"""Training: the Lightning plan, schedules, callbacks, checkpoints."""
+
+from sccvae.train.callbacks import BestWeights, CellsBar, progress
+from sccvae.train.fit import TrainingResult, fit
+from sccvae.train.plan import TrainingPlan
+from sccvae.train.schedules import Schedule, default_max_epochs
+
+__all__ = [
+    "BestWeights",
+    "CellsBar",
+    "Schedule",
+    "TrainingPlan",
+    "TrainingResult",
+    "default_max_epochs",
+    "fit",
+    "progress",
+]

@@ -1,0 +1,105 @@
+"""Lightning callbacks: best weights with early stopping, and a bar that shows cells per second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class BestWeights(Callback):
+    """Keeps the weights of the best epoch, and stops when none was better for a while.
+
+    Parameters
+    ----------
+    monitor
+        Logged name to make small.
+    patience
+        Epochs without a better one after which training stops; None never stops.
+    warmup_steps
+        Optimiser steps before which patience does not count (the KL warm-up).
+
+    Attributes
+    ----------
+    best
+        Best value so far.
+    weights
+        A copy of the module's state at that epoch, on its device; None before the first validation.
+    """
+
+    def __init__(self, monitor: str = "elbo_validation", patience: int | None = None, warmup_steps: int = 0) -> None:
+        self.monitor, self.patience, self.warmup_steps = monitor, patience, warmup_steps
+        self.best, self.waited = float("inf"), 0
+        self.weights: dict[str, Tensor] | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the epoch, copy the weights if it is the best, stop if patience is over."""
+        if pl_module.interrupted:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            msg = f"Early stopping watches {self.monitor!r}, which is not logged; choose of {sorted(trainer.callback_metrics)}."
+            raise KeyError(msg)
+        value = float(trainer.callback_metrics[self.monitor])
+        if value < self.best:
+            self.best, self.waited = value, 0
+            self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}
+        elif pl_module.n_steps > self.warmup_steps:
+            self.waited += 1
+            trainer.should_stop |= self.patience is not None and self.waited >= self.patience
+
+    def restore(self, module: torch.nn.Module) -> None:
+        """Give the module its best weights back."""
+        if self.weights is not None:
+            module.load_state_dict(self.weights)
+
+
+class CellsBar(Callback):
+    """One progress bar for the whole training, in cells: epoch, loss, and cells per second.
+
+    Parameters
+    ----------
+    n_cells
+        Training cells of an epoch.
+    max_epochs
+        Most epochs.
+    """
+
+    def __init__(self, n_cells: int, max_epochs: int) -> None:
+        self.n_cells, self.max_epochs = n_cells, max_epochs
+        self.bar: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar; a resumed training starts where it was."""
+        self.bar = progress(
+            total=self.n_cells * self.max_epochs, initial=self.n_cells * len(pl_module.rows), unit=" cells"
+        )
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
+        """Count the cells of the chunk."""
+        self.bar.set_description(f"Epoch {len(pl_module.rows) + 1}/{self.max_epochs}", refresh=False)
+        if pl_module.rows:
+            shown = {part: pl_module.rows[-1].get(f"elbo_{part}") for part in ("train", "validation")}
+            self.bar.set_postfix({k: f"{v:.1f}" for k, v in shown.items() if v is not None}, refresh=False)
+        self.bar.update(sum(len(b["x"]) for b in batch))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress(**options: Any) -> Any:
+    """A tqdm bar with scaled units: the notebook's own where it can be drawn, else text."""
+    from importlib.util import find_spec
+
+    if find_spec("ipywidgets") and find_spec("IPython"):
+        from tqdm.auto import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm(unit_scale=True, mininterval=0.2, **options)

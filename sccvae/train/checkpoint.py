@@ -1,0 +1,107 @@
+"""A training on disk: one safetensors file with weights, optimiser, random state and history; nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sccvae.train.callbacks import BestWeights
+from sccvae.train.plan import TrainingPlan
+
+FILE_NAME = "training.safetensors"
+FORMAT = 1
+
+
+class ResumableTraining(Checkpoint):
+    """Writes the state of the training after every epoch, and gives it back to a later run.
+
+    It is a Lightning ``Checkpoint`` only so that it runs after the plan has closed its epoch.
+
+    Parameters
+    ----------
+    folder
+        Where the file lies; made if missing.
+    settings
+        What must be the same for a training to go on (plain JSON values).
+    best
+        The keeper of the best weights, or None.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], best: BestWeights | None) -> None:
+        self.path = Path(folder) / FILE_NAME
+        self.settings, self.best = settings, best
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the finished epoch."""
+        if not pl_module.interrupted:
+            self.write(pl_module, pl_module.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=False)
+
+    def write(self, plan: TrainingPlan, optimizer_state: dict[int, dict[str, Tensor]], *, finished: bool) -> None:
+        """Write everything to a temporary file, then put it in the place of the last one."""
+        tensors = {f"weights/{k}": v for k, v in plan.module.state_dict().items()}
+        tensors |= {f"optimizer/{i}/{k}": v for i, state in optimizer_state.items() for k, v in state.items()}
+        tensors["rng"] = torch.random.get_rng_state()
+        header = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "n_steps": plan.n_steps,
+            "rows": plan.rows,
+            "finished": finished,
+        }
+        if self.best is not None:
+            header |= {"best": self.best.best, "waited": self.best.waited}
+            tensors |= {f"best/{k}": v for k, v in (self.best.weights or {}).items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        # clone: safetensors refuses tensors that share memory
+        save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, temporary, {"sccvae": json.dumps(header)})
+        os.replace(temporary, self.path)
+
+    def resume(self, plan: TrainingPlan) -> bool:
+        """Bring ``plan`` and the best weights to the state on disk, if there is one; return whether it had finished.
+
+        Raises
+        ------
+        ValueError
+            If the file is of a training with other settings, or of a newer format.
+        """
+        if not self.path.exists():
+            return False
+        with safe_open(self.path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("sccvae", "{}"))
+            if header.get("format") != FORMAT:
+                msg = f"{self.path} has training format {header.get('format')}; this sccvae reads format {FORMAT}."
+                raise ValueError(msg)
+            other = {k: (v, self.settings.get(k)) for k, v in header["settings"].items() if v != self.settings.get(k)}
+            if other:
+                msg = (
+                    f"{self.path} holds a training with other settings {other} (there, here); train with the same "
+                    "settings to go on, or choose another checkpoint_dir to start anew."
+                )
+                raise ValueError(msg)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        part = {"weights": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            room, _, key = name.partition("/")
+            if room == "optimizer":
+                i, _, key = key.partition("/")
+                part[room].setdefault(int(i), {})[key] = tensor
+            elif room in part:
+                part[room][key] = tensor
+        plan.module.load_state_dict(part["weights"])
+        plan.optimizer_state = part["optimizer"]
+        plan.n_steps, plan.rows = header["n_steps"], header["rows"]
+        torch.random.set_rng_state(tensors["rng"])
+        if self.best is not None:
+            self.best.best, self.best.waited = header["best"], header["waited"]
+            self.best.weights = part["best"] or None
+        return header["finished"]

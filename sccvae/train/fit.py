@@ -1,0 +1,191 @@
+"""Train a module on stored cells: put loader, plan, callbacks and Lightning's trainer together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import Callback, Trainer
+
+from sccvae.data import CellStore, ChunkLoader
+from sccvae.module import GenerativeModule
+from sccvae.train.callbacks import BestWeights, CellsBar
+from sccvae.train.checkpoint import ResumableTraining
+from sccvae.train.plan import TrainingPlan
+from sccvae.train.schedules import Schedule, default_max_epochs
+
+logger = logging.getLogger(__name__)
+
+#: Patience is at least this many epochs and this many optimiser steps: an epoch of small data is a few noisy steps.
+PATIENCE_EPOCHS, PATIENCE_STEPS = 10, 400
+
+
+@dataclass
+class TrainingResult:
+    """What a training leaves besides the weights.
+
+    Attributes
+    ----------
+    history
+        Logged name -> data frame with one column, indexed by epoch.
+    interrupted
+        Whether Ctrl-C ended it.
+    trainer
+        Lightning's trainer; None if a finished training was read from disk.
+    """
+
+    history: dict[str, pd.DataFrame]
+    interrupted: bool
+    trainer: Trainer | None
+
+
+def fit(
+    module: GenerativeModule,
+    store: CellStore,
+    train_rows: np.ndarray,
+    validation_rows: np.ndarray,
+    *,
+    max_epochs: int | None = None,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    kl_weight: float = 1.0,
+    kl_warmup: float = 0.2,
+    early_stopping: bool = True,
+    patience: int | None = None,
+    accelerator: str = "auto",
+    devices: int | str | list[int] = "auto",
+    checkpoint_dir: str | Path | None = None,
+    seed: int = 0,
+    progress_bar: bool = True,
+    callbacks: Sequence[Callback] = (),
+    **trainer_options: Any,
+) -> TrainingResult:
+    """Train ``module`` in place; it ends with the weights of its best epoch, in evaluation mode, on the CPU.
+
+    Parameters
+    ----------
+    module
+        The model.
+    store
+        The cells.
+    train_rows, validation_rows
+        Rows of the store, (n,) int64. Without validation rows the last weights are kept.
+    max_epochs
+        Passes over the training cells; None for about 6,000 optimiser steps (20 to 400 epochs).
+    batch_size
+        Most cells of a mini-batch.
+    lr, weight_decay
+        Of AdamW; the learning rate falls along a cosine over all steps.
+    kl_weight, kl_warmup
+        Target of the KL weight, and the share of all steps after which it is reached.
+    early_stopping
+        Stop when the negative ELBO of the validation cells has not fallen for ``patience`` epochs.
+    patience
+        None for 10 epochs or 400 optimiser steps, whichever is longer. Epochs of the KL warm-up do not count.
+    accelerator, devices
+        As for ``lightning.Trainer``.
+    checkpoint_dir
+        Folder for the state of the training after every epoch; a later call with the same settings goes on from there.
+    seed
+        Of mini-batch order and noise. The global random state of torch is left as it was.
+    progress_bar
+        Show epoch, losses and cells per second.
+    callbacks
+        More Lightning callbacks.
+    **trainer_options
+        For ``lightning.Trainer``, for example ``logger=``.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two training cells, or a checkpoint does not fit.
+    FloatingPointError
+        If the loss stops being finite; the module then has its best weights.
+    """
+    if len(train_rows) < 2:
+        msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
+        raise ValueError(msg)
+    train_loader = ChunkLoader(store, train_rows, batch_size, shuffle=True, seed=seed)
+    steps = train_loader.n_batches
+    max_epochs = default_max_epochs(steps) if max_epochs is None else max_epochs
+    schedule = Schedule(max(1, steps * max_epochs), kl_weight, kl_warmup)
+    plan = TrainingPlan(module, schedule, lr=lr, weight_decay=weight_decay)
+    best = None
+    if len(validation_rows):
+        if early_stopping and patience is None:
+            patience = max(PATIENCE_EPOCHS, math.ceil(PATIENCE_STEPS / steps))
+        best = BestWeights(patience=patience if early_stopping else None, warmup_steps=schedule.warmup_steps)
+    used = [*callbacks, *filter(None, [best])]
+    if progress_bar:
+        used.append(CellsBar(len(train_rows), max_epochs))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _quiet_lightning():
+        torch.manual_seed(seed)
+        checkpoint = None
+        if checkpoint_dir is not None:
+            settings = {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+            settings |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
+            settings |= {"n_train": len(train_rows), "n_validation": len(validation_rows)}
+            checkpoint = ResumableTraining(checkpoint_dir, settings, best)
+            if checkpoint.resume(plan):
+                logger.info("The training in %s had finished; its weights are loaded.", checkpoint_dir)
+                max_epochs = len(plan.rows)
+            used.append(checkpoint)
+        trainer = None
+        if max_epochs > len(plan.rows):
+            train_loader.epoch = len(plan.rows)
+            trainer = Trainer(
+                max_epochs=max_epochs - len(plan.rows),
+                accelerator=accelerator,
+                devices=devices,
+                callbacks=used,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=checkpoint is not None,
+                num_sanity_val_steps=0,
+                **{"logger": False} | trainer_options,
+            )
+            module.train()
+            try:
+                trainer.fit(plan, train_loader, _validation_loader(store, validation_rows, batch_size))
+                if checkpoint is not None and not plan.interrupted:
+                    checkpoint.write(plan, plan.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=True)
+            finally:
+                module.cpu()
+                if best is not None and not plan.interrupted:
+                    best.restore(module)
+                module.eval()
+    if plan.interrupted:
+        logger.warning("Training was interrupted in epoch %d; the model keeps its current weights.", len(plan.rows) + 1)
+    table = pd.DataFrame(plan.rows)
+    table.index.name = "epoch"
+    return TrainingResult({name: table[[name]] for name in table}, plan.interrupted, trainer)
+
+
+def _validation_loader(store: CellStore, rows: np.ndarray, batch_size: int) -> ChunkLoader | None:
+    return ChunkLoader(store, rows, batch_size) if len(rows) else None
+
+
+@contextmanager
+def _quiet_lightning():
+    """Keep Lightning's notices about devices and products out of a notebook; its warnings stay."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+    ]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)

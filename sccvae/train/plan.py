@@ -1,0 +1,126 @@
+"""The Lightning plan: one training step receives a chunk and takes many optimiser steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from sccvae.module import Batch, GenerativeModule
+from sccvae.train.schedules import Schedule
+
+
+class TrainingPlan(LightningModule):
+    """Trains any :class:`~sccvae.module.GenerativeModule` by stochastic gradient steps on its loss.
+
+    Lightning's cost is paid once a chunk; callbacks, loggers and devices work as usual. Means over the epoch of every
+    reported term are logged as ``<term>_train`` and ``<term>_validation``, with ``kl_weight`` and ``lr``.
+
+    Parameters
+    ----------
+    module
+        The model to train.
+    schedule
+        KL weight and learning-rate factor by optimiser step.
+    lr
+        Highest learning rate of Adam.
+    weight_decay
+        Decoupled weight decay.
+
+    Attributes
+    ----------
+    n_steps
+        Optimiser steps taken.
+    rows
+        One dictionary of logged means for each finished epoch.
+    interrupted
+        Whether Ctrl-C ended the training.
+    optimizer_state
+        State that a resumed training starts its optimiser with.
+    """
+
+    def __init__(
+        self, module: GenerativeModule, schedule: Schedule, *, lr: float = 1e-3, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.module = module
+        self.schedule = schedule
+        self.lr, self.weight_decay = lr, weight_decay
+        self.n_steps = 0
+        self.rows: list[dict[str, float]] = []
+        self.interrupted = False
+        self.optimizer_state: dict[str, Any] | None = None
+        self._sums: dict[str, dict[str, Tensor]] = {"train": defaultdict(float), "validation": defaultdict(float)}
+        self._counts = {"train": 0, "validation": 0}
+        self._validation: dict[str, float] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, fused where the device has it."""
+        fused = self.device.type in ("cpu", "cuda")
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        if self.optimizer_state is not None:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
+        return optimizer
+
+    def training_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
+        """One optimiser step for each mini-batch of the chunk."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        try:
+            for tensors in chunk:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * self.schedule.lr(self.n_steps)
+                batch = Batch(**tensors)
+                objective, report = self.module.loss(batch, kl_weight=self.schedule.kl(self.n_steps))
+                optimizer.zero_grad(set_to_none=True)
+                objective.backward()
+                optimizer.step()
+                self.n_steps += 1
+                self._add("train", report, len(batch.x))
+        except KeyboardInterrupt:  # Lightning would end the whole Python session
+            self.interrupted = self.trainer.should_stop = True
+            return
+        if not torch.isfinite(report["loss"]):
+            bad = [name for name, value in report.items() if not torch.isfinite(value)]
+            msg = (
+                f"The loss is no longer finite at optimiser step {self.n_steps} (terms {bad}); the model keeps the best "
+                f"weights so far. Train again with a lower learning rate (lr={self.lr / 10:g}) or look for extreme values."
+            )
+            raise FloatingPointError(msg)
+
+    def validation_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
+        """Terms at the target KL weight, so that epochs compare whatever the warm-up."""
+        for tensors in chunk:
+            batch = Batch(**tensors)
+            _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
+            self._add("validation", report, len(batch.x))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation cells; the weights are those at the end of the epoch."""
+        self._validation = self._means("validation")
+        self.log_dict(self._validation)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means over the training cells of this epoch, and keep the epoch's row."""
+        if self.interrupted:
+            return
+        last = max(0, self.n_steps - 1)
+        rates = {"kl_weight": self.schedule.kl(last), "lr": self.lr * self.schedule.lr(last)}
+        means = self._means("train") | rates
+        self.log_dict(means)
+        self.rows.append(means | self._validation)
+
+    def _add(self, part: str, report: dict[str, Tensor], n: int) -> None:
+        for name, value in report.items():
+            self._sums[part][name] += value * n
+        self._counts[part] += n
+
+    def _means(self, part: str) -> dict[str, float]:
+        means = {f"{name}_{part}": float(total / self._counts[part]) for name, total in self._sums[part].items()}
+        self._sums[part].clear()
+        self._counts[part] = 0
+        return means
