@@ -62,7 +62,10 @@ def check_setup(
         msg = f"adata must be an AnnData object, not {type(adata).__name__}."
         raise TypeError(msg)
     if adata.is_view:
-        msg = "adata is a view of another AnnData; run `adata = adata.copy()` first, so that the setup has a place to stay."
+        msg = (
+            "adata is a view of another AnnData; run `adata = adata.copy()` first, so that the setup has a place "
+            "to stay."
+        )
         raise ValueError(msg)
     if 0 in adata.shape:
         msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to model."
@@ -94,8 +97,10 @@ def check_setup(
         missing = int(adata.obs[key].isna().sum())
         if missing:
             msg = (
-                f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} cells. Give them a category of their "
-                f"own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('unknown')`) or leave these cells out."
+                f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} cells. Give them a "
+                "category of their "
+                f"own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('unknown')`) or leave "
+                "these cells out."
             )
             raise ValueError(msg)
     for key in filter(None, numerical):

@@ -109,7 +109,10 @@ def check_support(cells: Cells, support: str, where: str) -> None:
             "(counts that were corrected to fractions can be rounded: `np.round`)."
         )
         if values.size and values.min() < 0:
-            msg = f"{where} holds negative values (smallest {values.min():g}); a count likelihood cannot describe them. {cure}"
+            msg = (
+                f"{where} holds negative values (smallest {values.min():g}); a count likelihood cannot describe "
+                f"them. {cure}"
+            )
             raise ValueError(msg)
         fractional = values[values != np.floor(values)]
         if fractional.size:
@@ -118,7 +121,8 @@ def check_support(cells: Cells, support: str, where: str) -> None:
         empty = cells.library[:, 0] <= 0
         if empty.any():
             msg = (
-                f"{int(empty.sum())} of {len(cells)} cells have no counts at all in {where}; they carry no information, and "
+                f"{int(empty.sum())} of {len(cells)} cells have no counts at all in {where}; they carry no "
+                "information, and "
                 "their library size is taken as 1. `scanpy.pp.filter_cells(adata, min_counts=1)` removes them."
             )
             warnings.warn(msg, UserWarning, stacklevel=4)
@@ -157,7 +161,8 @@ def _in_gene_order(x: Any, names: Any, wanted: np.ndarray) -> Any:
     if (at < 0).any():
         missing = [str(g) for g in wanted[at < 0]]
         msg = (
-            f"{len(missing)} of the model's {len(wanted)} genes are missing from adata.var_names, such as {missing[:5]}. "
+            f"{len(missing)} of the model's {len(wanted)} genes are missing from adata.var_names, such as "
+            f"{missing[:5]}. "
             "Are the names of the same kind (symbols or Ensembl ids)?"
         )
         raise ValueError(msg)
@@ -171,5 +176,8 @@ def _check_finite(x: np.ndarray | sparse.csr_matrix, where: str) -> None:
         return
     rows = x.tocoo().row[~np.isfinite(values)] if sparse.issparse(x) else np.nonzero(~np.isfinite(values))[0]
     if len(rows):
-        msg = f"{where} holds NaN or infinite values in {len(set(rows))} cells (first: row {rows.min()}); remove or replace them."
+        msg = (
+            f"{where} holds NaN or infinite values in {len(set(rows))} cells (first: row {rows.min()}); remove or "
+            "replace them."
+        )
         raise ValueError(msg)

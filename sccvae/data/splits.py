@@ -29,9 +29,10 @@ def split_indices(
         If the shares do not fit.
     """
     validation_size = 1 - train_size if validation_size is None else validation_size
-    if not (0 < train_size <= 1 and 0 <= validation_size and train_size + validation_size <= 1 + 1e-9):
+    if not (0 < train_size <= 1 and validation_size >= 0 and train_size + validation_size <= 1 + 1e-9):
         msg = (
-            f"train_size={train_size} and validation_size={validation_size} do not fit: train_size must be in (0, 1] and "
+            f"train_size={train_size} and validation_size={validation_size} do not fit: train_size must be in "
+            "(0, 1] and "
             "their sum at most 1."
         )
         raise ValueError(msg)

@@ -28,7 +28,7 @@ class Observation(ABC):
         """Draw x, (..., n, G), without gradient."""
 
     def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
-        """Normalised expression, (..., n, G): for counts the cell's proportions times ``library_size``, else the mean."""
+        """Normalised expression, (..., n, G): proportions times ``library_size`` for counts, else the mean."""
         del library_size
         return self.mean
 
@@ -109,7 +109,8 @@ def as_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:
     Parameters
     ----------
     spec
-        ``"nb"``, ``"zinb"``, ``"poisson"``, ``"normal"``, ``"bernoulli"``, a class name, the ``config`` of a likelihood, or a
+        ``"nb"``, ``"zinb"``, ``"poisson"``, ``"normal"``, ``"bernoulli"``, a class name, the ``config`` of a
+        likelihood, or a
         likelihood (its settings are copied, so that two models never share parameters).
 
     Raises

@@ -78,7 +78,8 @@ class Normal(Likelihood):
     Parameters
     ----------
     sigma
-        ``"gene"`` one learned standard deviation per feature; ``"shared"`` one for all; ``"latent"`` given by the network
+        ``"gene"`` one learned standard deviation per feature; ``"shared"`` one for all; ``"latent"`` given by the
+        network
         for each observation; ``"unit"`` fixed at 1 (square error); a number fixes it there.
     min_sigma
         Lower bound of a learned sigma, in units of x: without one the density can grow without limit (4.2.7).
@@ -101,7 +102,8 @@ class Normal(Likelihood):
         known = sigma in ("gene", "shared", "latent", "unit") if isinstance(sigma, str) else sigma > 0
         if not known or min_sigma <= 0:
             msg = (
-                f"Normal(sigma={sigma!r}, min_sigma={min_sigma}): sigma must be 'gene', 'shared', 'latent', 'unit' or a "
+                f"Normal(sigma={sigma!r}, min_sigma={min_sigma}): sigma must be 'gene', 'shared', 'latent', "
+                "'unit' or a "
                 "positive number, and min_sigma must be positive."
             )
             raise ValueError(msg)

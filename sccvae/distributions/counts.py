@@ -1,6 +1,7 @@
 """Poisson, negative binomial and zero-inflated negative binomial for counts.
 
-Every log mass is written as its value at x = 0 plus a correction that vanishes there, log p(x) = log p(0) + correction(x).
+Every log mass is written as its value at x = 0 plus a correction that vanishes there, log p(x) = log p(0) +
+correction(x).
 So the dense work is log p(0) only; log-gamma runs on the non-zero counts (about a tenth of a single-cell matrix), in
 float64, because lgamma(x + theta) - lgamma(theta) cancels in float32 for a large theta.
 """

@@ -40,7 +40,8 @@ INFERENCE_BATCH = 1024
 class BaseModel(SavingMixin, BaseModelClass, ABC):
     """Base of all sccvae models; it stands on scvi-tools' registry, so ``view_anndata_setup`` and friends work.
 
-    Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and nothing else.
+    Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and
+    nothing else.
 
     Parameters
     ----------
@@ -190,7 +191,10 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             If the loss stops being finite; the model then has its best weights.
         """
         if self.adata is None:
-            msg = f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, adata=adata)` to train."
+            msg = (
+                f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, "
+                "adata=adata)` to train."
+            )
             raise ValueError(msg)
         store = self._store(self.adata)
         self.train_indices, self.validation_indices, self.test_indices = split_indices(

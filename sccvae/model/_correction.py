@@ -37,12 +37,14 @@ class CorrectionMixin:
         adata, indices, batch_size, seed
             As for ``get_latent_representation``.
         transform_batch
-            Decode as if every cell came from this batch (a category of ``batch_key``); a list averages over several. None
+            Decode as if every cell came from this batch (a category of ``batch_key``); a list averages over several.
+            None
             keeps each cell's own.
         gene_list
             Genes to give, in this order; None for all.
         library_size
-            For count likelihoods: the sum over all genes of a cell's values; ``"latent"`` is the cell's own library size.
+            For count likelihoods: the sum over all genes of a cell's values; ``"latent"`` is the cell's own library
+            size.
             Other likelihoods give the mean on the scale of the input and take no library size.
         n_samples
             1 decodes the mean of q(z|x); more average over that many draws.
@@ -69,7 +71,10 @@ class CorrectionMixin:
         codes = self._target_codes(transform_batch)
         counts = self.module.likelihood.support == "counts"
         if not counts and library_size != 1:
-            msg = f"library_size={library_size!r} needs a count likelihood; this model gives means on the scale of its input."
+            msg = (
+                f"library_size={library_size!r} needs a count likelihood; this model gives means on the scale of "
+                "its input."
+            )
             raise ValueError(msg)
         parts = []
         with evaluating(seed):
@@ -97,7 +102,8 @@ class CorrectionMixin:
             return [None]
         if self.schema.batch_key is None or not self._decoder_sees_conditions:
             msg = (
-                f"transform_batch={transform_batch!r}: this {type(self).__name__} does not decode from the batch. Use a CVAE "
+                f"transform_batch={transform_batch!r}: this {type(self).__name__} does not decode from the "
+                "batch. Use a CVAE "
                 "with batch_key= in setup_anndata and prior='fixed'."
             )
             raise ValueError(msg)

@@ -22,10 +22,12 @@ class CVAE(VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
     Parameters
     ----------
     adata
-        AnnData after ``CVAE.setup_anndata`` with at least one condition: ``batch_key``, ``categorical_covariate_keys`` or
+        AnnData after ``CVAE.setup_anndata`` with at least one condition: ``batch_key``,
+        ``categorical_covariate_keys`` or
         ``continuous_covariate_keys``.
     prior
-        ``"fixed"``: p(x|z,c) N(z; 0, I), z forgets the conditions (batch-effect removal). ``"learned"``: p(x|z) p(z|c), one
+        ``"fixed"``: p(x|z,c) N(z; 0, I), z forgets the conditions (batch-effect removal). ``"learned"``: p(x|z)
+        p(z|c), one
         blob in z for each condition.
     encode_condition
         q(z|x,c) if true, else q(z|x).

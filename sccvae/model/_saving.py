@@ -95,7 +95,8 @@ class SavingMixin:
         FileNotFoundError
             If there is no model.
         ValueError
-            If the folder holds files that are not part of a model, a damaged or newer one, or another class of model; or
+            If the folder holds files that are not part of a model, a damaged or newer one, or another class of model;
+            or
             the data do not fit it.
         """
         folder = Path(folder)
@@ -168,7 +169,8 @@ def _read(folder: Path) -> dict[str, Any]:
     unknown = sorted(f.name for f in folder.iterdir() if f.name not in (JSON_FILE, WEIGHTS_FILE))
     if unknown:
         msg = (
-            f"{folder} holds files that are not part of a sccvae model: {unknown}. Nothing was loaded, since a foreign file "
+            f"{folder} holds files that are not part of a sccvae model: {unknown}. Nothing was loaded, since a "
+            "foreign file "
             "(a pickle, say) can run code; move them away if you trust the rest."
         )
         raise ValueError(msg)
@@ -179,7 +181,10 @@ def _read(folder: Path) -> dict[str, Any]:
         msg = f"{folder / JSON_FILE} is damaged: {error}"
         raise ValueError(msg) from error
     if found != FORMAT:
-        msg = f"{folder} is in format {found!r} (sccvae {content.get('sccvae_version')}); this sccvae {__version__} reads format {FORMAT}."
+        msg = (
+            f"{folder} is in format {found!r} (sccvae {content.get('sccvae_version')}); this sccvae {__version__} "
+            f"reads format {FORMAT}."
+        )
         raise ValueError(msg)
     return content
 

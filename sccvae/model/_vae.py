@@ -22,7 +22,8 @@ class VAE(VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
     adata
         AnnData after ``VAE.setup_anndata``. Conditions are not used: see :class:`CVAE`.
     likelihood
-        p(x|z): ``"nb"``, ``"zinb"``, ``"poisson"`` for raw counts; ``"normal"`` (a sigma-VAE with one learned sigma for each
+        p(x|z): ``"nb"``, ``"zinb"``, ``"poisson"`` for raw counts; ``"normal"`` (a sigma-VAE with one learned sigma
+        for each
         gene, 4.2.7) for log-normalised values; ``"bernoulli"`` for pixels; or an object of ``sccvae.distributions``.
     n_latent
         Dimension of z.

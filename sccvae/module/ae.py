@@ -66,7 +66,7 @@ class AE(GenerativeModule):
         self.likelihood = Normal(sigma="unit").build(self.decoder.n_out, n_features)
 
     def inference(self, batch: Batch) -> dict[str, Tensor]:
-        """z = E(x), (n, d)."""
+        """Give z = E(x), (n, d)."""
         return {"z": self.latent(self.encoder(self.corruption(batch.x)))}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:

@@ -1,6 +1,6 @@
 """Networks: conditioned layers, encoders, decoders' bodies, corruption. On torch alone."""
 
-from sccvae.nn.conditions import Conditions, ConditionedLinear
+from sccvae.nn.conditions import ConditionedLinear, Conditions
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder
 

@@ -54,6 +54,9 @@ def as_corruption(noise: str | None, level: float) -> nn.Module:
         return nn.Identity()
     fits = {"gaussian": level >= 0, "mask": 0 <= level < 1}
     if not fits.get(noise, False):
-        msg = f"noise={noise!r} with noise_level={level}: choose 'gaussian' (level >= 0), 'mask' (0 <= level < 1) or None."
+        msg = (
+            f"noise={noise!r} with noise_level={level}: choose 'gaussian' (level >= 0), 'mask' (0 <= level < 1) or "
+            "None."
+        )
         raise ValueError(msg)
     return GaussianNoise(level) if noise == "gaussian" else Masking(level)

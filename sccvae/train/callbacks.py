@@ -39,7 +39,10 @@ class BestWeights(Callback):
         if pl_module.interrupted:
             return
         if self.monitor not in trainer.callback_metrics:
-            msg = f"Early stopping watches {self.monitor!r}, which is not logged; choose of {sorted(trainer.callback_metrics)}."
+            msg = (
+                f"Early stopping watches {self.monitor!r}, which is not logged; choose of "
+                f"{sorted(trainer.callback_metrics)}."
+            )
             raise KeyError(msg)
         value = float(trainer.callback_metrics[self.monitor])
         if value < self.best:

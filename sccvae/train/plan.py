@@ -87,8 +87,10 @@ class TrainingPlan(LightningModule):
         if not torch.isfinite(report["loss"]):
             bad = [name for name, value in report.items() if not torch.isfinite(value)]
             msg = (
-                f"The loss is no longer finite at optimiser step {self.n_steps} (terms {bad}); the model keeps the best "
-                f"weights so far. Train again with a lower learning rate (lr={self.lr / 10:g}) or look for extreme values."
+                f"The loss is no longer finite at optimiser step {self.n_steps} (terms {bad}); the model keeps "
+                "the best "
+                f"weights so far. Train again with a lower learning rate (lr={self.lr / 10:g}) or look for "
+                "extreme values."
             )
             raise FloatingPointError(msg)
 

@@ -18,7 +18,8 @@ def default_max_epochs(steps_per_epoch: int) -> int:
 class Schedule:
     """Weight of the KL terms and factor of the learning rate at each optimiser step.
 
-    The KL weight rises linearly and stays at its target; the learning rate rises over the first hundredth of the steps and
+    The KL weight rises linearly and stays at its target; the learning rate rises over the first hundredth of the
+    steps and
     falls along a cosine to a hundredth of its height. scvi-tools counts its warm-up in epochs (400), which large data
     never reach; this one ends after ``kl_warmup`` of the steps there are.
 
