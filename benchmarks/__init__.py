@@ -1,0 +1,1 @@
+"""Benchmarks, started by hand; their figures are in RESULTS.md."""

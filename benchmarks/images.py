@@ -1,0 +1,180 @@
+"""MNIST: the linear AE against PCA, the two priors of the CVAE, and the density of a VAE.
+
+    SCCVAE_DATA_DIR=... python -m benchmarks.images {pca,cvae,density} [--seeds 3]
+
+Models train on the training images; the test images are looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from benchmarks.results import write_section
+from sccvae import datasets, metrics, pl
+from sccvae.distributions import Bernoulli
+from sccvae.model import AE, CVAE, VAE
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+QUIET = {"accelerator": "cpu"}
+
+
+def mnist() -> tuple[AnnData, AnnData]:
+    """Training and test images in memory."""
+    return datasets.mnist(split="train"), datasets.mnist(split="test")
+
+
+def digits() -> AnnData:
+    """The 1,797 digits of scikit-learn, 8 x 8, values in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = (data.data / 16).astype(np.float32)
+    return AnnData(x, obs=pd.DataFrame({"label": data.target.astype(str)}, index=[f"d{i}" for i in range(len(x))]))
+
+
+def pca(n_seeds: int) -> pd.DataFrame:
+    """Must the linear AE equal PCA (source text 3.5.1)? Angles between the spans, ratio of the square errors."""
+    from sklearn.decomposition import PCA
+
+    rows = []
+    settings = {"digits": (digits(), 10, 400, 1e-2), "mnist": (mnist()[0], 10, 30, 1e-2)}
+    for name, (adata, n_latent, epochs, lr) in settings.items():
+        exact = PCA(n_latent, svd_solver="full" if name == "digits" else "covariance_eigh").fit(adata.X)
+        exact_error = np.square(adata.X - exact.inverse_transform(exact.transform(adata.X))).sum(1).mean()
+        for seed in range(n_seeds):
+            start = time.perf_counter()
+            AE.setup_anndata(adata)
+            model = AE(adata, linear=True, n_latent=n_latent, seed=seed)
+            model.train(epochs, lr=lr, train_size=1.0, seed=seed, **QUIET)
+            decoder = model.module.likelihood.mean_head.weight.detach().numpy()  # (G, d)
+            rows.append(
+                {
+                    "data": name,
+                    "seed": seed,
+                    "largest principal angle (degrees)": metrics.principal_angles(decoder, exact.components_.T)[-1],
+                    "square error / PCA": model.get_reconstruction_error() / exact_error,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+def cvae(n_seeds: int) -> pd.DataFrame:
+    """Which prior keeps the digit in z? Accuracy of the 15 nearest training images in z, for the test images."""
+    train, test = mnist()
+    rng = np.random.default_rng(0)
+    some = rng.choice(train.n_obs, 10_000, replace=False)
+    rows = []
+    for name, make in {
+        "VAE": lambda seed: VAE(train, likelihood="bernoulli", n_hidden=512, seed=seed),
+        "CVAE, learned prior": lambda seed: CVAE(
+            train, prior="learned", likelihood="bernoulli", n_hidden=512, seed=seed
+        ),
+        "CVAE, fixed prior": lambda seed: CVAE(train, prior="fixed", likelihood="bernoulli", n_hidden=512, seed=seed),
+        "CVAE, fixed prior, q(z|x)": lambda seed: CVAE(
+            train, prior="fixed", encode_condition=False, likelihood="bernoulli", n_hidden=512, seed=seed
+        ),
+    }.items():
+        for seed in range(n_seeds):
+            start = time.perf_counter()
+            for model_class in (VAE, CVAE):
+                model_class.setup_anndata(train, batch_key="label")
+            model = make(seed)
+            model.train(20, batch_size=256, seed=seed, **QUIET)
+            z, z_test = model.get_latent_representation(train, indices=some), model.get_latent_representation(test)
+            rows.append(
+                {
+                    "model": name,
+                    "seed": seed,
+                    "kNN accuracy of the digit": metrics.knn_accuracy(
+                        z, train.obs["label"][some], z_test, test.obs["label"]
+                    ),
+                    "test ELBO (nats)": model.get_elbo(test),
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            print(rows[-1], flush=True)
+            if seed == 0:
+                _draw(name, model, test, z_test)
+    return pd.DataFrame(rows)
+
+
+def _draw(name: str, model: VAE | CVAE, test: AnnData, z_test: np.ndarray) -> None:
+    """Pictures for the documentation."""
+    IMAGES.mkdir(exist_ok=True)
+    stem = name.lower().replace(", ", "_").replace(" ", "_").replace("(z|x)", "_zx")
+
+    def save(axes, kind: str) -> None:
+        axes = np.ravel(axes)[0]
+        axes.figure.savefig(IMAGES / f"mnist_{stem}_{kind}.png", dpi=90, bbox_inches="tight")
+
+    embedded = AnnData(obs=test.obs.copy(), obsm={"z": z_test}, uns=dict(test.uns))
+    save(pl.umap(embedded[::2].copy(), bases=("z",), colors=("label",), titles=(name,)), "umap")
+    save(pl.reconstructions(model, test, n=10), "reconstructions")
+    save(pl.generated(model, n=30), "generated")
+    if "learned" in name:
+        save(pl.prior_centers(model), "centers")
+
+
+def density(n_seeds: int) -> pd.DataFrame:
+    """Held-out density of binarised MNIST: 5,000-sample importance bound on 1,000 test images, in nats.
+
+    Training images are binarised anew in each step; the test images once, by a fixed seed.
+    """
+    train, test = mnist()
+    test = test[np.random.default_rng(0).choice(test.n_obs, 1000, replace=False)].copy()
+    test.X = (np.random.default_rng(1).random(test.shape) < test.X).astype(np.float32)
+    rows = []
+    for seed in range(n_seeds):
+        start = time.perf_counter()
+        VAE.setup_anndata(train)
+        model = VAE(
+            train, likelihood=Bernoulli(resample=True), n_latent=40, n_hidden=512, n_layers=2, norm=None, seed=seed
+        )
+        model.train(100, batch_size=128, train_size=0.95, seed=seed, patience=15, **QUIET)
+        trained = time.perf_counter() - start
+        rows.append(
+            {
+                "seed": seed,
+                "importance bound, 5,000 samples": model.get_marginal_ll(test, n_mc_samples=5000),
+                "ELBO": model.get_elbo(test),
+                "epochs": len(model.history["elbo_train"]),
+                "training seconds": trained,
+                "bound seconds": time.perf_counter() - start - trained,
+            }
+        )
+        print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+TITLES = {
+    "pca": "Linear autoencoder and PCA",
+    "cvae": "MNIST: what the prior of a CVAE does",
+    "density": "Binarised MNIST",
+}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(TITLES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--no-write", action="store_true", help="leave benchmarks/RESULTS.md as it is")
+    args = parser.parse_args()
+    job = {"pca": pca, "cvae": cvae, "density": density}[args.what]
+    table = job(args.seeds)
+    print(table.to_string(index=False))
+    if not args.no_write:
+        command = f"python -m benchmarks.images {args.what} --seeds {args.seeds}"
+        write_section(TITLES[args.what], job.__doc__, table, command)
+
+
+if __name__ == "__main__":
+    main()
