@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from sccvae import pl
 from sccvae.module import Factorization
-from sccvae.pl._plate_layout import RADIUS, arrange, curve
+from sccvae.pl._plate_layout import RADIUS, Edge, arrange, curve
 from sccvae.pl._style import MISSING, palette
 
 PLATES = {
@@ -37,8 +38,7 @@ def _close_figures():
 
 @pytest.fixture(params=PLATES)
 def factorization(request):
-    p, q = PLATES[request.param]
-    return Factorization(p=p, q=q)
+    return Factorization(*PLATES[request.param])
 
 
 def curves(n_epochs: int = 30, **series) -> dict[str, pd.DataFrame]:
@@ -53,14 +53,9 @@ def curves(n_epochs: int = 30, **series) -> dict[str, pd.DataFrame]:
 def cells() -> AnnData:
     rng = np.random.default_rng(0)
     n = 60
-    obs = pd.DataFrame(
-        {
-            "batch": pd.Categorical(rng.choice(["a", "b"], n), categories=["a", "b", "unused"]),
-            "cell_type": pd.Categorical(rng.choice(["T", "B", "cost $ of $"], n)),
-            "n_counts": rng.gamma(2, size=n),
-        },
-        index=[f"cell{i}" for i in range(n)],
-    )
+    obs = pd.DataFrame({"n_counts": rng.gamma(2, size=n)}, index=[f"cell{i}" for i in range(n)])
+    obs["batch"] = pd.Categorical(rng.choice(["a", "b"], n), categories=["a", "b", "unused"])
+    obs["cell_type"] = pd.Categorical(rng.choice(["T", "B", "cost $ of $"], n))
     adata = AnnData(csr_matrix(rng.poisson(1.0, (n, 4)).astype("float32")), obs=obs)
     adata.var_names = [f"gene{i}" for i in range(4)]
     for basis in ("X_pca", "X_cvae"):
@@ -78,8 +73,6 @@ def digits() -> AnnData:
 
 class ImageModel:
     """Answers as a model trained on images would."""
-
-    asked: dict
 
     def get_normalized_expression(self, adata, *, indices, return_numpy):
         assert return_numpy
@@ -113,13 +106,8 @@ def test_history_draws_one_panel_per_term_with_both_sides():
         np.testing.assert_array_equal(validation.get_ydata(), given[f"{term}_validation"].iloc[:, 0])
         assert train.get_color() != validation.get_color()
     (legend,) = axes[0].figure.legends
-    names = [text.get_text().split("\n")[0] for text in legend.get_texts()]
-    assert names == ["train", "validation", "KL weight"]
-
-
-def test_history_shades_the_kl_weight_behind_kl_terms_only_while_it_changes():
-    given = curves()
-    assert [len(ax.collections) for ax in pl.history(given)] == [0, 0, 1]
+    assert [text.get_text().split("\n")[0] for text in legend.get_texts()] == ["train", "validation", "KL weight"]
+    assert [len(ax.collections) for ax in axes] == [0, 0, 1]  # the weight is shaded behind KL terms, while it changes
     given["kl_weight"][:] = 1.0
     assert [len(ax.collections) for ax in pl.history(given)] == [0, 0, 0]
 
@@ -128,8 +116,7 @@ def test_history_keeps_a_huge_start_from_flattening_the_rest():
     huge = curves()["elbo_train"].to_numpy()[:, 0]
     huge[:2] = 4e4, 9e3
     ax, calm = pl.history(curves(elbo=huge), terms=["elbo", "reconstruction"])
-    assert ax.get_ylim()[1] < 300
-    assert ax.get_ylim()[0] < huge.min()
+    assert ax.get_ylim()[0] < huge.min() < 300 > ax.get_ylim()[1]
     assert "40,001" in ax.texts[0].get_text()
     assert calm.get_ylim()[1] > calm.get_lines()[1].get_ydata().max()
     assert not calm.texts
@@ -143,23 +130,9 @@ def test_history_joins_epochs_without_validation_and_survives_a_diverged_run():
     np.testing.assert_array_equal(validation.get_xdata(), np.arange(0, 30, 2))
     assert np.isfinite(train.axes.get_ylim()).all()
     assert pl.history(curves(1))[0].get_lines()[0].get_marker() == "o"
-
-
-def test_history_wraps_many_terms():
-    given = curves(kl_w=np.ones(30), kl_y=np.ones(30), kl_d=np.ones(30))
-    axes = pl.history(given)
+    axes = pl.history(curves(kl_w=np.ones(30), kl_y=np.ones(30), kl_d=np.ones(30)))  # a second row of panels
     assert [ax.get_title()[-2] for ax in axes[2:]] == ["z", "w", "y", "d"]
     assert axes[0].figure.axes == list(axes)
-
-
-def test_history_errors():
-    for untrained in (SimpleNamespace(history=None), SimpleNamespace(), {}):
-        with pytest.raises(ValueError, match=r"train first, with model.train\(\)"):
-            pl.history(untrained)
-    with pytest.raises(ValueError, match=r"no curve named \['kl_q'\]; it holds .*'kl_z'"):
-        pl.history(curves(), terms=["kl_q"])
-    with pytest.raises(ValueError, match="no curve named elbo; it holds"):
-        pl.history({"lr": pd.DataFrame({"lr": [1.0]})})
 
 
 def drawn(ax) -> np.ndarray:
@@ -189,12 +162,8 @@ def test_latent_takes_scanpy_colours_and_shows_missing_values(cells):
     cells.uns["batch_colors"] = np.array(["#112233", "#445566", "#778899"])
     cells.obs.loc["cell0", "batch"] = np.nan
     ax = pl.latent(cells, color="batch")
-    found = {to_hex(color) for color in drawn(ax)[:, 2:5]}
-    assert found == {"#112233", "#445566", MISSING.lower()}
+    assert {to_hex(color) for color in drawn(ax)[:, 2:5]} == {"#112233", "#445566", MISSING.lower()}
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b", "missing"]
-
-
-def test_latent_of_an_empty_column(cells):
     cells.obs["empty"] = pd.Categorical([np.nan] * 60)
     assert {to_hex(color) for color in drawn(pl.latent(cells, color="empty"))[:, 2:5]} == {MISSING.lower()}
 
@@ -203,8 +172,7 @@ def test_latent_gives_numbers_a_colour_bar(cells):
     cells.obs.loc["cell0", "n_counts"] = np.nan
     cells.obs.loc["cell1", "n_counts"] = 1e6
     ax = pl.latent(cells, color="n_counts")
-    bar = ax.figure.axes[1]
-    assert bar.get_ylim()[1] < 1e6
+    assert ax.figure.axes[1].get_ylim()[1] < 1e6
     missing, known = ax.collections
     assert (len(missing.get_offsets()), len(known.get_offsets())) == (1, 59)
     gene = pl.latent(cells, color="gene1")
@@ -222,26 +190,10 @@ def test_latent_of_an_array_on_given_axes():
     assert few > many >= 1
 
 
-def test_latent_errors(cells):
-    with pytest.raises(KeyError, match=r"obsm\[.+X_vae.+\] = model.get_latent_representation\(\) first"):
-        pl.latent(cells, basis="X_vae")
-    with pytest.raises(KeyError, match="no 'donor' to colour by: obs holds"):
-        pl.latent(cells, color="donor")
-    with pytest.raises(ValueError, match=r"dims=\(0, 5\) must be two of its columns"):
-        pl.latent(cells, dims=(0, 5))
-    with pytest.raises(ValueError, match="but 3 colour values"):
-        pl.latent(cells, color=[1, 2, 3])
-    with pytest.raises(ValueError, match="an array has none"):
-        pl.latent(np.zeros((3, 2)), color="batch")
-    with pytest.raises(ValueError, match="NaN or infinite coordinates in 1 of its 2 rows"):
-        pl.latent(np.array([[0, np.nan], [0, 0]]))
-
-
 def test_umap_draws_rows_of_representations_and_columns_of_colours(cells):
     before = cells.copy()
     axes = pl.umap(cells, titles=["PCA", "CVAE"])
-    assert axes.shape == (2, 2)
-    assert [ax.get_title() for ax in axes.flat] == ["batch", r"cell_type", "", ""]
+    assert [[ax.get_title() for ax in row] for row in axes] == [["batch", "cell_type"], ["", ""]]
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["UMAP of PCA", "UMAP of CVAE"]
     assert [[ax.get_legend() is not None for ax in row] for row in axes] == [[True, True], [False, False]]
     assert r"cost \$ of \$" in [t.get_text() for t in axes[0, 1].get_legend().get_texts()]
@@ -275,19 +227,6 @@ def test_umap_computes_on_a_copy_with_a_fixed_seed(cells, monkeypatch):
     assert_same(cells, before)
 
 
-def test_umap_errors(cells):
-    del cells.obsm["X_pca"]
-    with pytest.raises(KeyError, match=r"run sc.pp.pca\(adata\) first"):
-        pl.umap(cells)
-    with pytest.raises(KeyError, match="no 'donor' to colour by"):
-        pl.umap(cells, bases=["X_cvae"], colors=["donor"])
-    with pytest.raises(ValueError, match="2 bases, but 1 titles"):
-        pl.umap(cells, titles=["PCA"])
-    cells.obsm["X_cvae"][3] = np.nan
-    with pytest.raises(ValueError, match=r"obsm\['X_cvae'\] has NaN or infinite coordinates in 1"):
-        pl.umap(cells, bases=["X_cvae"])
-
-
 def test_images_are_drawn_in_the_shape_that_the_data_keep(digits):
     digits.X = csr_matrix(digits.X)
     axes = pl.images(digits, n=15, titles=digits.obs["label"], ncols=4)
@@ -296,30 +235,18 @@ def test_images_are_drawn_in_the_shape_that_the_data_keep(digits):
     for ax, row in zip(axes, digits.X.toarray(), strict=False):
         np.testing.assert_array_equal(ax.get_images()[0].get_array(), row.reshape(3, 4))
         assert ax.get_images()[0].get_clim() == (0, 1)
-    columns = {round(ax.get_position().x0, 4) for ax in axes}
-    assert len(columns) == 4
     boxes = [ax.get_position() for ax in axes]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert len({round(box.x0, 4) for box in boxes}) == 4
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert all(box.x0 > 0 and box.y0 > 0 and box.x1 < 1 and box.y1 < 1 for box in boxes)
 
 
 def test_images_from_arrays():
-    square = pl.images(np.arange(18.0).reshape(2, 9))
-    assert square[0].get_images()[0].get_array().shape == (3, 3)
-    assert square[1].get_images()[0].get_array().max() == 1  # greatest value of all images: white
+    shades = pl.images(np.arange(18.0).reshape(2, 9))[1].get_images()[0].get_array()
+    np.testing.assert_allclose(shades, np.arange(9, 18).reshape(3, 3) / 17)  # one scale for all images
+    np.testing.assert_array_equal(pl.images(np.full((2, 4), 1.05))[0].get_images()[0].get_array(), np.ones((2, 2)))
     assert pl.images(np.zeros((2, 3, 5)))[0].get_images()[0].get_array().shape == (3, 5)
     assert pl.images(np.zeros((1, 12)), image_shape=(2, 2, 3))[0].get_images()[0].get_array().shape == (2, 2, 3)
-
-
-def test_images_errors(digits):
-    with pytest.raises(ValueError, match="12 pixels do not make a square: pass image_shape"):
-        pl.images(digits.X)
-    with pytest.raises(ValueError, match="holds 12 values, which do not make an image of shape"):
-        pl.images(digits, image_shape=(5, 5))
-    with pytest.raises(ValueError, match="30 images to draw, but 2 titles"):
-        pl.images(digits, titles=["a", "b"])
-    with pytest.raises(ValueError, match="there must be one"):
-        pl.images(digits[:0])
 
 
 def test_reconstructions_stand_below_their_originals(digits):
@@ -339,21 +266,16 @@ def test_reconstructions_stand_below_their_originals(digits):
 def test_generated_asks_the_model_for_samples():
     model = ImageModel()
     axes = pl.generated(model, n=6, ncols=3, seed=4)
-    assert len(axes) == 6
     assert model.asked == {"mean": True, "seed": 4}
-    assert axes[0].get_images()[0].get_array().shape == (3, 4)
+    assert [ax.get_images()[0].get_array().shape for ax in axes] == [(3, 4)] * 6
     pl.generated(model, n=1, batch="b", mean=False)
     assert model.asked == {"mean": False, "seed": 0, "batch": "b"}
-    with pytest.raises(ValueError, match="has no prior to draw from: generate with a VAE or a CVAE"):
-        pl.generated(SimpleNamespace())
 
 
 def test_prior_centers_carry_the_names_of_their_conditions():
     axes = pl.prior_centers(ImageModel())
     assert [ax.get_title() for ax in axes] == ["0, thin", "1, thick"]
     assert axes[1].get_images()[0].get_array().ravel()[1] == 1
-    with pytest.raises(ValueError, match=r"has no learned prior to draw: make the model with CVAE\(adata, prior="):
-        pl.prior_centers(SimpleNamespace())
 
 
 def artists(ax) -> dict:
@@ -392,18 +314,15 @@ def test_plate_shades_observed_nodes_and_dashes_inference(factorization):
 
 def test_plate_nothing_lies_on_anything_else(factorization):
     nodes, edges = arrange(factorization)
-    names = list(nodes)
-    for i, a in enumerate(names):
-        for b in names[:i]:
-            assert np.linalg.norm(nodes[a] - nodes[b]) > 3 * RADIUS
+    for a, b in combinations(nodes.values(), 2):
+        assert np.linalg.norm(a - b) > 3 * RADIUS
     for edge, control in edges.items():
-        for name in set(names) - {edge.source, edge.target}:
+        for name in set(nodes) - {edge.source, edge.target}:
             gap = np.linalg.norm(curve(control) - nodes[name], axis=1).min()
             assert gap > RADIUS + 0.05, f"{edge} runs through {name}"
-    lines = [(e, curve(c, np.array([[0.5]]))[0]) for e, c in edges.items()]
-    for i, (a, middle) in enumerate(lines):
-        for b, other in lines[:i]:
-            assert np.linalg.norm(middle - other) > 0.12, f"{a} hides {b}"
+    for (a, one), (b, other) in combinations(edges.items(), 2):
+        middles = (curve(control, np.array([[0.5]])) for control in (one, other))
+        assert np.linalg.norm(np.subtract(*middles)) > 0.12, f"{a} hides {b}"
 
 
 def test_plate_puts_data_at_the_bottom_roots_on_top_and_conditions_aside():
@@ -421,8 +340,7 @@ def test_plate_puts_data_at_the_bottom_roots_on_top_and_conditions_aside():
 def test_plate_bends_around_nodes_and_handles_indexed_names():
     skip = Factorization(p="p(x|z1,y) p(z1|y) p(y)", q="q(z1|x) q(y|z1)")
     nodes, edges = arrange(skip)
-    straight = next(c for e, c in edges.items() if (e.source, e.target, e.kind) == ("y", "x", "generative"))
-    assert np.linalg.norm(curve(straight) - nodes["z1"], axis=1).min() > RADIUS
+    assert np.linalg.norm(curve(edges[Edge("generative", "y", "x")]) - nodes["z1"], axis=1).min() > RADIUS
     assert "$z_{1}$" in {t.get_text() for t in pl.plate_diagram(skip).texts}
 
 
@@ -434,16 +352,41 @@ def test_plate_of_a_model_on_given_axes():
     assert "node:z" in artists(pl.plate_diagram(SimpleNamespace(factors=factors)))
 
 
-def test_plate_errors():
-    with pytest.raises(TypeError, match="str has no factors to draw: pass a model"):
-        pl.plate_diagram("p(x|z)")
-    with pytest.raises(ValueError, match="run in a circle through"):
-        pl.plate_diagram(Factorization(p="p(x|z) p(z|y) p(y|z)", q="q(z|x) q(y|z)"))
+CIRCLE = {"p": "p(x|z) p(z|y) p(y|z)", "q": "q(z|x) q(y|z)"}
+NAN = np.array([[0, np.nan], [0, 0]])
+ERRORS = [
+    (ValueError, r"train first, with model.train\(\)", lambda _, __: pl.history(SimpleNamespace(history=None))),
+    (ValueError, r"no curve named \['kl_q'\]; it holds .*'kl_z'", lambda _, __: pl.history(curves(), terms=["kl_q"])),
+    (ValueError, "no curve named elbo; it holds", lambda _, __: pl.history({"lr": pd.Series([1.0])})),
+    (KeyError, r"= model.get_latent_representation\(\) first", lambda cells, _: pl.latent(cells, basis="X_vae")),
+    (KeyError, "no 'donor' to colour by: obs holds", lambda cells, _: pl.latent(cells, color="donor")),
+    (ValueError, r"dims=\(0, 5\) must be two of its columns", lambda cells, _: pl.latent(cells, dims=(0, 5))),
+    (ValueError, "60 rows to draw, but 3 colour values", lambda cells, _: pl.latent(cells, color=[1, 2, 3])),
+    (ValueError, "an array has none", lambda _, __: pl.latent(np.eye(2), color="batch")),
+    (ValueError, "NaN or infinite coordinates in 1 of its 2 rows", lambda _, __: pl.latent(NAN)),
+    (ValueError, r"obsm\['X_a'\] has NaN", lambda _, __: pl.umap(AnnData(obsm={"X_a": NAN}), bases=["X_a"], colors=[])),
+    (KeyError, r"run sc.pp.pca\(adata\) first", lambda cells, _: pl.umap(AnnData(obs=cells.obs))),
+    (KeyError, "no 'donor' to colour by", lambda cells, _: pl.umap(cells, colors=["donor"])),
+    (ValueError, "2 bases, but 1 titles", lambda cells, _: pl.umap(cells, titles=["PCA"])),
+    (ValueError, "12 pixels do not make a square: pass image_shape", lambda _, digits: pl.images(digits.X)),
+    (ValueError, "holds 12 values, which do not make", lambda _, digits: pl.images(digits, image_shape=(5, 5))),
+    (ValueError, "30 images to draw, but 2 titles", lambda _, digits: pl.images(digits, titles=["a", "b"])),
+    (ValueError, "there must be one", lambda _, digits: pl.images(digits[:0])),
+    (ValueError, "no prior to draw from: generate with a VAE or a CVAE", lambda _, __: pl.generated(object())),
+    (ValueError, "no learned prior to draw: make the model with CVAE", lambda _, __: pl.prior_centers(object())),
+    (TypeError, "str has no factors to draw: pass a model", lambda _, __: pl.plate_diagram("p(x|z)")),
+    (ValueError, "run in a circle through", lambda _, __: pl.plate_diagram(Factorization(**CIRCLE))),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "draw"), ERRORS, ids=[message for _, message, _ in ERRORS])
+def test_errors_say_what_to_do(error, message, draw, cells, digits):
+    with pytest.raises(error, match=message):
+        draw(cells, digits)
 
 
 def test_palette_has_distinct_colours():
-    for n in (1, 7, 8, 20, 21, 100):
-        assert len(set(palette(n))) == n
+    assert all(len(set(palette(n))) == n for n in (1, 7, 8, 20, 21, 100))
 
 
 def test_pl_loads_neither_torch_nor_scvi_and_matplotlib_late():

@@ -154,16 +154,12 @@ def _legend(ax: Axes, *, double: bool, kinds: set[str]) -> None:
     if double:
         inner = Line2D([], [], marker="o", markerfacecolor="none", **node | {"markersize": 6})
         entries["latent, computed"] = (entries.pop("latent"), inner)
-    blue = _EDGE_COLORS["inference"]
-    arrows = {
-        "generative p": Line2D([], [], color=_INK, linewidth=1.3, marker=">", markersize=5),
-        "inference q": Line2D(
-            [], [], color=blue, linewidth=1.3, linestyle=_DASHES, marker="o", markerfacecolor="white"
-        ),
-    }
-    entries |= {
-        f"{kind} {kind[0].replace('g', 'p').replace('i', 'q')}": arrows[kind] for kind in arrows if kind in kinds
-    }
+    line = {"linewidth": 1.3, "markersize": 5}
+    blue = {"color": _EDGE_COLORS["inference"], "linestyle": _DASHES, "markerfacecolor": "white"}
+    if "generative" in kinds:
+        entries["generative p"] = Line2D([], [], color=_INK, marker=">", **line)
+    if "inference" in kinds:
+        entries["inference q"] = Line2D([], [], marker="o", **blue, **line)
     legend = ax.legend(
         entries.values(),
         entries.keys(),

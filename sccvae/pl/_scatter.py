@@ -230,7 +230,7 @@ def _points(
 ) -> None:
     """Draw ``xy`` of shape (n, 2) in random order, with a legend or a colour bar outside the panel."""
     order = np.random.default_rng(0).permutation(len(xy))
-    size = float(np.clip(25_000 / len(xy), 1, 25)) if size is None else size
+    size = float(np.clip(40_000 / len(xy), 1.5, 25)) if size is None else size
     style = {"s": size, "linewidths": 0, "rasterized": True, "alpha": 0.8}
     x, y = xy[order].T
     names = _categories(values)
