@@ -13,6 +13,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -94,16 +95,30 @@ def score(adata: ad.AnnData, cells: CellSet, embeddings: dict[str, np.ndarray]) 
     return table.drop(index="Metric Type").astype(float)
 
 
-def run(cells: CellSet, methods: list[str], n_seeds: int) -> pd.DataFrame:
+def embed(adata: ad.AnnData, cells: CellSet, method: str, seed: int, cache: Path | None) -> tuple[np.ndarray, float]:
+    """Embedding and its seconds; those of peers are kept in ``cache``, ours are always made anew."""
+    file = None if cache is None or method == "CVAE" else cache / f"{cells.name}-{method}-{seed}.npz"
+    if file is not None and file.exists():
+        kept = np.load(file)
+        return kept["z"], float(kept["seconds"])
+    start = time.perf_counter()
+    z = np.asarray(METHODS[method](adata, cells, seed))
+    seconds = time.perf_counter() - start
+    print(f"{cells.name}: {method} seed {seed}: {seconds:.0f} s", flush=True)
+    if file is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        np.savez(file, z=z, seconds=seconds)
+    return z, seconds
+
+
+def run(cells: CellSet, methods: list[str], n_seeds: int, cache: Path | None) -> pd.DataFrame:
     """Embed by every method and seed, score all in one go, and give the long table."""
     adata = load(cells)
     embeddings, seconds = {}, {}
     for name in methods:
         for seed in range(n_seeds if name in SEEDED else 1):
-            start = time.perf_counter()
-            embeddings[f"{name}/{seed}"] = METHODS[name](adata, cells, seed)
-            seconds[f"{name}/{seed}"] = time.perf_counter() - start
-            print(f"{cells.name}: {name} seed {seed}: {seconds[f'{name}/{seed}']:.0f} s", flush=True)
+            key = f"{name}/{seed}"
+            embeddings[key], seconds[key] = embed(adata, cells, name, seed, cache)
     table = score(adata, cells, embeddings)
     table["seconds"] = pd.Series(seconds)
     table.insert(0, "set", cells.name)
@@ -127,12 +142,13 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[c.name for c in MULTI_BATCH])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings of the peers between runs")
     parser.add_argument("--no-write", action="store_true", help="leave benchmarks/RESULTS.md as it is")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # scib-metrics and jax; not ours
     tables = []
     for cells in (c for c in MULTI_BATCH if c.name in args.data):
-        tables.append(run(cells, args.methods, args.seeds))
+        tables.append(run(cells, args.methods, args.seeds, args.cache))
         print(summarise(tables[-1]).iloc[:, 1:7].round(3).to_string(index=False), flush=True)
     summary = summarise(pd.concat(tables)).round(3)
     if not args.no_write:

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "model": (
         {"data", "datasets", "distributions", "module", "nn", "train"},
-        {"anndata", "lightning", "numpy", "pandas", "safetensors", "scipy", "scvi", "torch", "tqdm"},
+        {"anndata", "lightning", "numpy", "pandas", "rich", "safetensors", "scipy", "scvi", "torch", "tqdm"},
     ),
     "metrics": (set(), {"numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
     "pl": (set(), {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),

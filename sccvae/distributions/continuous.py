@@ -11,6 +11,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from sccvae.distributions._base import Likelihood, Observation, register
 
+#: Largest log standard deviation that a network gives: exp must not overflow.
+MAX_LOG_SIGMA = 20.0
+
 
 def log_normal(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """Log density of N(loc, scale), element-wise, in nats (source text, equation 4.12).
@@ -46,9 +49,10 @@ class NormalObservation(Observation):
         """Log density of x (n, G) in nats, summed over features, (..., n)."""
         return log_normal(x, self.mean, self.scale).sum(-1)
 
+    @torch.no_grad()
     def sample(self) -> Tensor:
         """Draw values, (..., n, G)."""
-        return torch.normal(self.mean.detach(), self.scale.detach().expand_as(self.mean))
+        return torch.normal(self.mean, self.scale.expand_as(self.mean))
 
 
 class BernoulliObservation(Observation):
@@ -66,6 +70,7 @@ class BernoulliObservation(Observation):
         """Log mass of x (n, G) in nats, summed over features, (..., n)."""
         return log_bernoulli(x, self.logits).sum(-1)
 
+    @torch.no_grad()
     def sample(self) -> Tensor:
         """Draw zeros and ones, (..., n, G)."""
         return torch.bernoulli(self.mean)
@@ -138,7 +143,7 @@ class Normal(Likelihood):
             case "gene" | "shared":
                 log_sigma = self.log_sigma
             case "latent":
-                log_sigma = self.sigma_head(h)
+                log_sigma = self.sigma_head(h).clamp(max=MAX_LOG_SIGMA)
             case _:
                 return self.fixed_sigma
         floor = math.log(self.settings["min_sigma"])

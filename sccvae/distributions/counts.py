@@ -1,9 +1,8 @@
 """Poisson, negative binomial and zero-inflated negative binomial for counts.
 
-Every log mass is written as its value at x = 0 plus a correction that vanishes there, log p(x) = log p(0) +
-correction(x).
-So the dense work is log p(0) only; log-gamma runs on the non-zero counts (about a tenth of a single-cell matrix), in
-float64, because lgamma(x + theta) - lgamma(theta) cancels in float32 for a large theta.
+A cell's log mass is the sum of log p(0) over its zeros, cheap and dense, and of the full log mass over its non-zero
+counts (about a tenth of a single-cell matrix). Only these need log-gamma. They run in float64: for a large theta
+lgamma(x + theta) - lgamma(theta) cancels in float32, and for a large count so do the terms of the log mass.
 """
 
 from __future__ import annotations
@@ -17,15 +16,9 @@ from torch.nn.functional import logsigmoid, softplus
 
 from sccvae.distributions._base import Likelihood, Observation, register
 
-
-def _poisson_correction(x: Tensor, log_mu: Tensor) -> Tensor:
-    return x * log_mu - torch.lgamma(x + 1)
-
-
-def _nb_correction(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    theta = log_theta.exp()
-    log_odds = log_mu - torch.logaddexp(log_theta, log_mu)  # log(mu / (theta + mu))
-    return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1) + x * log_odds
+#: Bound of a log inverse dispersion given by a network: beyond it a negative binomial is a Poisson (or all zeros) to
+#: six digits, while exp would overflow and lgamma lose its digits.
+MAX_LOG_THETA = 15.0
 
 
 def _nb_zero(log_mu: Tensor, log_theta: Tensor) -> Tensor:
@@ -33,13 +26,18 @@ def _nb_zero(log_mu: Tensor, log_theta: Tensor) -> Tensor:
     return -log_theta.exp() * softplus(log_mu - log_theta)
 
 
-def _zinb_zero(nb_zero: Tensor, logits: Tensor) -> Tensor:
+def _zinb_zero(log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
     """Log(pi + (1 - pi) NB(0)) with pi = sigmoid(logits)."""
-    return torch.logaddexp(logsigmoid(logits), logsigmoid(-logits) + nb_zero)
+    return torch.logaddexp(logsigmoid(logits), logsigmoid(-logits) + _nb_zero(log_mu, log_theta))
+
+
+def _zinb_seen(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
+    """Log((1 - pi) NB(x)): the log mass of x > 0."""
+    return logsigmoid(-logits) + log_nb(x, log_mu, log_theta)
 
 
 def log_poisson(x: Tensor, log_mu: Tensor) -> Tensor:
-    """Log mass of Poisson(mu), element-wise, in nats.
+    """Log mass of Poisson(mu), element-wise, in nats; computed in float64.
 
     Parameters
     ----------
@@ -48,11 +46,12 @@ def log_poisson(x: Tensor, log_mu: Tensor) -> Tensor:
     log_mu
         Log of the mean, broadcastable to x.
     """
-    return -log_mu.exp() + _poisson_correction(x, log_mu)
+    dtype, x, log_mu = log_mu.dtype, x.double(), log_mu.double()
+    return (x * log_mu - log_mu.exp() - torch.lgamma(x + 1)).to(dtype)
 
 
 def log_nb(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """Log mass of the negative binomial with mean mu and variance mu + mu^2 / theta, element-wise, in nats.
+    """Log mass of the negative binomial with mean mu and variance mu + mu^2 / theta, element-wise; computed in float64.
 
     Parameters
     ----------
@@ -65,11 +64,14 @@ def log_nb(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
     ----------
     Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
     """
-    return _nb_zero(log_mu, log_theta) + _nb_correction(x, log_mu, log_theta)
+    dtype, x, log_mu, log_theta = log_mu.dtype, x.double(), log_mu.double(), log_theta.double()
+    theta = log_theta.exp()
+    ways = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return (ways + _nb_zero(log_mu, log_theta) - x * softplus(log_theta - log_mu)).to(dtype)
 
 
 def log_zinb(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
-    """Log mass of the zero-inflated negative binomial, element-wise, in nats.
+    """Log mass of the zero-inflated negative binomial, element-wise, in nats; computed in float64.
 
     Parameters
     ----------
@@ -84,21 +86,21 @@ def log_zinb(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Te
     ----------
     Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
     """
-    zero = _nb_zero(log_mu, log_theta)
-    seen = logsigmoid(-logits) + zero + _nb_correction(x, log_mu, log_theta)
-    return torch.where(x > 0, seen, _zinb_zero(zero, logits))
+    parameters = (log_mu.double(), log_theta.double(), logits.double())
+    return torch.where(x > 0, _zinb_seen(x, *parameters), _zinb_zero(*parameters)).to(log_mu.dtype)
 
 
-def _sum_nonzero(x: Tensor, correction: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """Sum of ``correction(x, *parameters)`` over the non-zero counts of each row, in float64.
+def _sum_over_genes(zero: Tensor, x: Tensor, log_mass: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Sum over genes of ``zero`` where x is 0 and of ``log_mass(x, *parameters)`` elsewhere, (..., n).
 
-    x is (n, G); each parameter (..., n or 1, G); the result (..., n).
+    zero is (..., n, G), x (n, G), each parameter (..., n or 1, G).
     """
-    rows, columns = x.nonzero(as_tuple=True)
+    seen = x > 0
+    rows, columns = seen.nonzero(as_tuple=True)
     at = [p[..., rows if p.shape[-2] > 1 else torch.zeros_like(rows), columns].double() for p in parameters]
-    values = correction(x[rows, columns].double(), *at)  # (..., nnz)
-    total = values.new_zeros((*values.shape[:-1], x.shape[0]))
-    return total.index_add(-1, rows, values).to(parameters[0].dtype)
+    values = log_mass(x[rows, columns], *at)  # (..., nnz)
+    total = values.new_zeros((*values.shape[:-1], x.shape[0])).index_add(-1, rows, values)
+    return (torch.where(seen, 0.0, zero).sum(-1) + total).to(zero.dtype)
 
 
 class CountObservation(Observation):
@@ -127,8 +129,9 @@ class CountObservation(Observation):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
-        return -self.mean.sum(-1) + _sum_nonzero(x, _poisson_correction, self.log_mu)
+        return _sum_over_genes(-self.mean, x, log_poisson, self.log_mu)
 
+    @torch.no_grad()
     def sample(self) -> Tensor:
         """Draw counts, (..., n, G)."""
         return torch.poisson(self.mean)
@@ -143,9 +146,10 @@ class NBObservation(CountObservation):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
-        correction = _sum_nonzero(x, _nb_correction, self.log_mu, self.log_theta)
-        return _nb_zero(self.log_mu, self.log_theta).sum(-1) + correction
+        parameters = (self.log_mu, self.log_theta)
+        return _sum_over_genes(_nb_zero(*parameters), x, log_nb, *parameters)
 
+    @torch.no_grad()
     def sample(self) -> Tensor:
         """Draw counts as a gamma mixture of Poissons, (..., n, G)."""
         theta = self.log_theta.exp().expand_as(self.log_mu)
@@ -167,10 +171,10 @@ class ZINBObservation(NBObservation):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
-        zero = _nb_zero(self.log_mu, self.log_theta)
-        dense = torch.where(x > 0, logsigmoid(-self.logits) + zero, _zinb_zero(zero, self.logits))
-        return dense.sum(-1) + _sum_nonzero(x, _nb_correction, self.log_mu, self.log_theta)
+        parameters = (self.log_mu, self.log_theta, self.logits)
+        return _sum_over_genes(_zinb_zero(*parameters), x, _zinb_seen, *parameters)
 
+    @torch.no_grad()
     def sample(self) -> Tensor:
         """Draw counts, (..., n, G)."""
         theta = self.log_theta.exp().expand_as(self.log_mu)
@@ -261,7 +265,7 @@ class NegativeBinomial(_CountLikelihood):
             case "gene-batch":
                 return self.log_theta[batch_index]  # (n, G)
             case _:
-                return self.theta_head(h)  # (..., n, G)
+                return self.theta_head(h).clamp(-MAX_LOG_THETA, MAX_LOG_THETA)  # (..., n, G)
 
 
 @register("zinb")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_FACTOR = re.compile(r"(?P<kind>p|q|delta)\(\s*(?P<var>\w+)\s*(?:\|\s*(?P<parents>[\w\s,]+?)\s*)?\)")
+_FACTOR = re.compile(r"(?P<kind>p|q|delta)\(\s*(?P<var>\w+)\s*(?:\|\s*(?P<parents>\w+(?:\s*,\s*\w+)*)\s*)?\)")
 
 
 @dataclass(frozen=True)

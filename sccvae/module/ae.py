@@ -9,7 +9,7 @@ from torch import Tensor
 from sccvae.distributions import Normal, Observation
 from sccvae.module._base import Batch, GenerativeModule
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, ConditionedLinear, as_corruption
+from sccvae.nn import MLP, ConditionedLinear, as_corruption, check_sizes
 
 
 class AE(GenerativeModule):
@@ -52,6 +52,7 @@ class AE(GenerativeModule):
         skip: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(n_latent=n_latent)
         mlp = {
             "n_hidden": [] if linear else [n_hidden] * n_layers,
             "activation": activation,

@@ -2,7 +2,7 @@
 
 from sccvae.nn.conditions import ConditionedLinear, Conditions
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
-from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder
+from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes
 
 __all__ = [
     "ACTIVATIONS",
@@ -13,4 +13,5 @@ __all__ = [
     "GaussianNoise",
     "Masking",
     "as_corruption",
+    "check_sizes",
 ]

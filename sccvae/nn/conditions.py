@@ -36,9 +36,10 @@ class Conditions(nn.Module):
         """Take centre and spread of the continuous covariates from the training cells, (n, n_continuous)."""
         if not covariates.shape[1]:
             return
-        self.center.copy_(covariates.mean(0))
-        spread = covariates.std(0, correction=0)
-        self.spread.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
+        self.center.copy_(covariates.double().mean(0))
+        spread = covariates.double().std(0, correction=0)
+        constant = spread <= 1e-6 * covariates.abs().amax(0)  # all but the last digits of float32 agree
+        self.spread.copy_(spread.masked_fill(constant, 1.0))
 
     def forward(self, codes: Tensor, covariates: Tensor) -> Tensor:
         """Build c.

@@ -51,6 +51,20 @@ def _norm(kind: str | None, width: int) -> nn.Module:
             raise ValueError(msg)
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse a width below 1 under the name that the user gave it.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            msg = f"{name}={size} must be at least 1."
+            raise ValueError(msg)
+
+
 class MLP(nn.Module):
     """Linear layers with norm, activation and dropout; conditions enter every layer.
 
@@ -79,7 +93,7 @@ class MLP(nn.Module):
     Raises
     ------
     ValueError
-        If the activation or norm is not known.
+        If the activation or norm is not known, a width is not positive, or conditions have no layer to enter.
     """
 
     def __init__(
@@ -96,6 +110,10 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             msg = f"activation={activation!r} is not known; choose one of {sorted(ACTIVATIONS)}."
+            raise ValueError(msg)
+        check_sizes(n_in=n_in, n_hidden=min(n_hidden, default=1))
+        if n_cond and not n_hidden:
+            msg = "A network without layers cannot take conditions in; use n_layers of at least 1."
             raise ValueError(msg)
         self.skip = skip
         self.linears = nn.ModuleList()
@@ -126,6 +144,11 @@ class GaussianEncoder(nn.Module):
         Dimension of the normal.
     **mlp
         As for :class:`MLP`.
+
+    Raises
+    ------
+    ValueError
+        As for :class:`MLP`, or if ``n_latent`` is not positive.
     """
 
     #: Smallest standard deviation: keeps log(scale) finite whatever the weights.
@@ -133,6 +156,7 @@ class GaussianEncoder(nn.Module):
 
     def __init__(self, n_in: int, n_latent: int, **mlp) -> None:
         super().__init__()
+        check_sizes(n_latent=n_latent)
         self.body = MLP(n_in, **mlp)
         self.loc = nn.Linear(self.body.n_out, n_latent)
         self.scale = nn.Linear(self.body.n_out, n_latent)

@@ -1,0 +1,176 @@
+"""Correct expression for the batch in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from sccvae.distributions import Likelihood
+from sccvae.model import BaseModel
+
+from ._embed import write_embedding
+from ._job import plain, target, trained_model
+
+LIBRARY_SIZE = 1e4
+
+
+def correct(
+    adata: AnnData,
+    model: Literal["cvae"] | BaseModel = "cvae",
+    *,
+    batch_key: str | None = None,
+    reference: Any | Sequence[Any] | None = None,
+    layer: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    size_factor_key: str | None = None,
+    n_latent: int = 10,
+    likelihood: str | Likelihood | None = None,
+    library_size: float | Literal["latent"] | None = None,
+    key_added: str = "corrected",
+    copy: bool = False,
+    seed: int = 0,
+    model_options: Mapping[str, Any] | None = None,
+    train_options: Mapping[str, Any] | None = None,
+) -> AnnData | None:
+    """Train a CVAE on the cells and write their expression, as it would be in one batch, to ``layers``.
+
+    The whole job: set-up, training, embedding, and decoding of every cell as if it came from the reference. The values
+    are expected expression: without the batch effect, and without the noise of single counts. So they suit plots,
+    means and regressions; tests that assume independent noise in each cell do not apply to them.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes, in memory or backed.
+    model
+        ``"cvae"``, or a trained CVAE with ``prior="fixed"`` (see :func:`embed`).
+    batch_key
+        Column of ``obs`` with the batch. Needed unless the model is trained.
+    reference
+        What the cells are transformed to: a batch, several whose expression is averaged, or None for the average of
+        all batches, each with the same weight. Other covariates stay what they are in each cell.
+    layer, categorical_covariate_keys, continuous_covariate_keys, size_factor_key, n_latent, likelihood
+        As for :func:`embed`.
+    library_size
+        For count likelihoods, the sum of a cell's values over all genes of ``adata``: a number, ``"latent"`` for
+        each cell's own library size, or None for 10,000, which makes the layer comparable to counts after
+        ``scanpy.pp.normalize_total(adata, target_sum=1e4)`` (take ``log1p`` of both before comparing). With other
+        likelihoods, as ``"normal"``, the layer is on the scale of the input, and this must be None.
+    key_added
+        Key of ``layers`` and ``uns``.
+    copy, seed, model_options, train_options
+        As for :func:`embed`.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the copy. It holds
+
+    - ``layers[key_added]``: corrected expression, (n_cells, n_genes) float32, dense
+    - ``uns[key_added]``: what :func:`embed` records, and ``reference`` (the batches), ``library_size`` (only for
+      counts) and ``embedding`` (key of ``obsm``)
+    - ``obsm["X_cvae"]`` and ``uns["X_cvae"]``: as from :func:`embed`
+
+    Raises
+    ------
+    TypeError, KeyError, ValueError
+        As for :func:`embed`; and ValueError if a reference is not a batch of the model, the model does not decode from
+        the batch, ``library_size`` has no meaning, or ``key_added`` is the layer of the input.
+
+    Examples
+    --------
+    >>> sccvae.tl.correct(adata, batch_key="batch", reference="batch0", layer="counts")  # doctest: +SKIP
+    >>> sc.pl.violin(adata, "LYZ", groupby="batch", layer="corrected", log=True)  # doctest: +SKIP
+    """
+    to = target(adata, copy=copy)
+    trained = isinstance(model, BaseModel)
+    if not trained and model != "cvae":
+        msg = f"model={model!r} cannot correct: only 'cvae', or a trained CVAE, decodes from the batch."
+        raise ValueError(msg)
+    if not trained and batch_key is None:
+        msg = "batch_key= is needed: the column of adata.obs with the batch to correct for."
+        raise ValueError(msg)
+    settings = {"n_latent": n_latent, "likelihood": likelihood} | dict(model_options or {})
+    setup = {
+        "layer": layer,
+        "batch_key": batch_key,
+        "size_factor_key": size_factor_key,
+        "categorical_covariate_keys": categorical_covariate_keys,
+        "continuous_covariate_keys": continuous_covariate_keys,
+    }
+
+    def check(model: BaseModel) -> None:
+        _batches(model, reference)
+        _library_size(model, library_size)
+        _check_layer(to, model, key_added)
+
+    fitted = trained_model(
+        to, model, setup=setup, settings=settings, seed=seed, train_options=train_options, check=check
+    )
+    batches, size = _batches(fitted, reference), _library_size(fitted, library_size)
+    values = fitted.get_normalized_expression(
+        to,
+        transform_batch=batches,
+        gene_list=to.var_names,
+        library_size=1 if size is None else size,
+        return_numpy=True,
+    )
+    to.layers[key_added] = values
+    key, entry = write_embedding(to, fitted, None, train_options)
+    to.uns[key_added] = entry | plain({"reference": batches, "library_size": size, "embedding": key})
+    return to if copy else None
+
+
+def _batches(model: BaseModel, reference: Any) -> list[Any]:
+    """The batches to average over."""
+    key = model.schema.batch_key
+    if key is None or not any(f.variable == "x" and "c" in f.parents for f in model.module.factors.generative):
+        msg = (
+            f"This {type(model).__name__} does not decode from the batch ({model.module.factors.p}). "
+            "Use a CVAE with batch_key= and prior='fixed'."
+        )
+        raise ValueError(msg)
+    if reference is None:
+        return model.schema.categories[key].tolist()
+    several = isinstance(reference, list | tuple | np.ndarray | pd.Index)
+    batches = list(reference) if several else [reference]
+    known = model.schema.categories[key].astype(str)
+    unknown = [str(batch) for batch in batches if str(batch) not in known]
+    if unknown or not batches:
+        msg = f"reference={reference!r} must be of the batches in obs[{key!r}]: {known.tolist()}."
+        raise ValueError(msg)
+    return batches
+
+
+def _library_size(model: BaseModel, size: float | str | None) -> float | str | None:
+    """The library size to decode at; None where there is no such thing."""
+    if model.module.likelihood.support != "counts":
+        if size is not None:
+            msg = f"library_size={size!r} is for count likelihoods; here the layer is on the scale of the input."
+            raise ValueError(msg)
+        return None
+    if size is None:
+        return LIBRARY_SIZE
+    if size != "latent" and (isinstance(size, str) or not 0 < size < np.inf):
+        msg = f"library_size={size!r} must be a positive number or 'latent'."
+        raise ValueError(msg)
+    return size
+
+
+def _check_layer(adata: AnnData, model: BaseModel, key: str) -> None:
+    """A layer needs a value for every gene of ``adata``, and must not take the place of the input."""
+    if key == model.schema.layer:
+        msg = f"key_added={key!r} is the layer of the input, which would be lost: choose another key."
+        raise ValueError(msg)
+    unknown = adata.var_names.difference(model.schema.var_names, sort=False)
+    if len(unknown):
+        msg = (
+            f"{len(unknown)} of the {adata.n_vars} genes of adata are not known to the model, such as "
+            f"{list(unknown[:5])}, and a layer needs them all. Subset adata first: "
+            "`adata = adata[:, model.schema.var_names].copy()`."
+        )
+        raise ValueError(msg)

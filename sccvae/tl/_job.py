@@ -1,0 +1,168 @@
+"""What the jobs share: a model for an AnnData that is left as it was, and the record of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from sccvae import __version__
+from sccvae.model import AE, CVAE, VAE, BaseModel
+
+MODELS: dict[str, type[BaseModel]] = {"ae": AE, "vae": VAE, "cvae": CVAE}
+
+
+def target(adata: AnnData, *, copy: bool) -> AnnData:
+    """The AnnData to write to: ``adata`` itself or its copy.
+
+    Raises
+    ------
+    TypeError
+        If ``adata`` is no AnnData.
+    ValueError
+        If ``adata`` is a view and is to be written to.
+    """
+    if not isinstance(adata, AnnData):
+        msg = f"adata must be an AnnData object, not {type(adata).__name__}."
+        raise TypeError(msg)
+    if copy:
+        return adata.to_memory() if adata.isbacked else adata.copy()
+    if adata.is_view:
+        msg = "adata is a view of another AnnData; run `adata = adata.copy()` first, or pass copy=True."
+        raise ValueError(msg)
+    return adata
+
+
+def trained_model(
+    adata: AnnData,
+    model: str | BaseModel,
+    *,
+    setup: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    seed: int,
+    train_options: Mapping[str, Any] | None,
+    check: Callable[[BaseModel], Any] = lambda model: None,
+) -> BaseModel:
+    """A trained model: the one given, or a new one trained on the cells of ``adata``, which stays as it is.
+
+    Parameters
+    ----------
+    adata
+        The cells.
+    model
+        Name of a model, or a trained one.
+    setup
+        Arguments of ``setup_anndata``; those that are None do not count.
+    settings
+        Arguments of the model's class; those that are None do not count.
+    seed
+        Of the weights, the split and the noise.
+    train_options
+        Arguments of ``train``.
+    check
+        Called with the model before it is trained: what fails, fails early.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``model`` is none, is not trained, or does not fit the other arguments; and what the model raises.
+    """
+    setup = {name: value for name, value in setup.items() if value is not None}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(model, BaseModel):
+        given = [*setup, *settings, *(["train_options"] if train_options else [])]
+        given = [name for name in given if name != "n_latent"]  # has a default, so it tells nothing
+        if given:
+            msg = f"{given} belong to a model that is still to be trained; this {type(model).__name__} has its own."
+            raise ValueError(msg)
+        if not model.is_trained:
+            msg = f"This {type(model).__name__} is not trained yet: run model.train() first."
+            raise ValueError(msg)
+        check(model)
+        return model
+    kind = model_class(model, setup, settings)
+    # scvi-tools writes its notes into the AnnData it is shown and keeps that AnnData until Python ends. So it is shown
+    # one that shares the matrices and loses them again.
+    light = AnnData(
+        X=adata.X, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names), layers=dict(adata.layers.items())
+    )
+    try:
+        kind.setup_anndata(light, **setup)
+        new = kind(light, seed=seed, **settings)
+        check(new)
+        new.train(**{"seed": seed} | dict(train_options or {}))
+    finally:
+        light.X = None
+        light.layers.clear()
+        light.obs = light.obs[[]]
+    return new
+
+
+def model_class(name: Any, setup: Mapping[str, Any], settings: Mapping[str, Any]) -> type[BaseModel]:
+    """The class called ``name``, if it takes account of what is named in ``setup`` and ``settings`` (without None).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is none, or it does not.
+    """
+    if not isinstance(name, str):
+        msg = f"model must be one of {sorted(MODELS)} or a trained model, not {type(name).__name__}."
+        raise TypeError(msg)
+    if name not in MODELS:
+        msg = f"No model is called {name!r}; choose one of {sorted(MODELS)} or pass a trained model."
+        raise ValueError(msg)
+    conditions = [k for k in ("batch_key", "categorical_covariate_keys", "continuous_covariate_keys") if setup.get(k)]
+    if name == "cvae" and not conditions:
+        msg = "model='cvae' needs a condition: pass batch_key= (or covariates). model='vae' does without."
+        raise ValueError(msg)
+    if name != "cvae" and conditions:
+        msg = f"model={name!r} takes no account of {conditions}: leave them out, or take model='cvae'."
+        raise ValueError(msg)
+    if name == "ae" and "likelihood" in settings:
+        msg = "model='ae' has no likelihood (it minimises the square error); model='vae' takes likelihood='normal'."
+        raise ValueError(msg)
+    return MODELS[name]
+
+
+def record(model: BaseModel, train_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is noted in ``uns`` about a model, of types that every AnnData file can hold.
+
+    Returns
+    -------
+    Dictionary with ``model``, ``sccvae_version``, ``seed``, ``params`` (``setup``, ``model``, ``train``), ``epochs``,
+    ``history`` (name -> one value for each epoch), and ``elbo_train`` and ``elbo_validation``: the negative ELBO in
+    nats per cell (lower is better) at the epoch whose weights were kept.
+    """
+    history = {name: frame[name].to_numpy(dtype=np.float64) for name, frame in (model.history or {}).items()}
+    validation = history.get("elbo_validation")
+    kept = -1 if validation is None else int(np.nanargmin(validation))
+    params = {
+        "setup": model.registry_["setup_args"],
+        "model": model.settings,
+        "train": train_options or {},
+    }
+    found = {
+        "model": type(model).__name__,
+        "sccvae_version": __version__,
+        "seed": model.seed,
+        "params": params,
+        "epochs": len(next(iter(history.values()), [])),
+        "history": history,
+    }
+    found |= {name: float(history[name][kept]) for name in ("elbo_train", "elbo_validation") if name in history}
+    return plain(found)
+
+
+def plain(value: Any) -> Any:
+    """``value`` without None, of types that ``write_h5ad`` knows; anything else by its text."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value if v is not None]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if isinstance(value, str | bool | int | float | np.ndarray) else str(value)
