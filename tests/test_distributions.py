@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 import torch.distributions as td
+from torch.func import functional_call
+
 from sccvae.distributions import (
     LIKELIHOODS,
     ZINB,
@@ -25,7 +27,6 @@ from sccvae.distributions import (
     log_poisson,
     log_zinb,
 )
-from torch.func import functional_call
 
 DTYPES = [torch.float64, torch.float32]
 COUNTS = [0, 1, 2, 7, 60, 1e3, 1e4, 4e4]

@@ -109,7 +109,7 @@ def test_a_deterministic_map_has_no_divergence():
     ],
 )
 def test_factorization_refuses_what_is_no_factor(p):
-    with pytest.raises(ValueError, match="Cannot read .* as factors p or delta"):
+    with pytest.raises(ValueError, match=r"Cannot read .* as factors p or delta"):
         Factorization(p=p, q="q(z|x)")
 
 
@@ -258,13 +258,13 @@ def test_sigma_to_zero_gives_the_square_error():
     """With standard deviation sigma the right factor is sigma^2; what is left over is sigma^2 KL."""
     batch = a_batch(dtype=torch.float64)
     gaps = []
-    for sigma in (1.0, 0.1, 0.01, 1e-3):
+    for sigma in (1, 2**-3, 2**-6, 2**-9):  # whole in float32 too, the type of a fixed sigma
         with torch.no_grad():
             loss, half_error, kl = scaled_loss(sigma_vae(sigma), batch, sigma)
         torch.testing.assert_close(loss - half_error, sigma**2 * kl, rtol=1e-4, atol=1e-12)
         gaps.append(float((loss - half_error).abs().mean()))
     ratios = np.divide(gaps[:-1], gaps[1:])
-    np.testing.assert_allclose(ratios, 100, rtol=0.05)  # quadratic in sigma
+    np.testing.assert_allclose(ratios, 64, rtol=0.01)  # quadratic in sigma
     torch.testing.assert_close(loss, half_error, rtol=1e-4, atol=0)
 
 
@@ -455,7 +455,7 @@ def test_vae_learns_a_linear_gaussian_model():
     with torch.no_grad():
         elbo = -float(torch.stack([vae.loss(batch)[1]["elbo"] for _ in range(50)]).mean())
     assert evidence - 0.05 < elbo < evidence + 0.01
-    assert float(vae.likelihood.sigma()) == pytest.approx(float(noise.sqrt()), rel=0.05)
+    assert float(vae.likelihood.sigma().detach()) == pytest.approx(float(noise.sqrt()), rel=0.05)
 
 
 def test_dynamic_binarisation_gives_encoder_and_decoder_the_same_pixels():

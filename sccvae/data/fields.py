@@ -122,7 +122,7 @@ def numeric_column(column: pd.Series, *, positive: bool = False) -> np.ndarray:
         kind = "positive finite" if positive else "finite"
         msg = (
             f"adata.obs[{column.name!r}] must hold {kind} numbers; {int(bad.sum())} of {len(bad)} cells do not "
-            f"(first: {column.iloc[first]!r} in cell {column.index[first]!r})."
+            f"(first: {column.iloc[first]} in cell {column.index[first]!r})."
         )
         raise ValueError(msg)
     return values

@@ -146,9 +146,14 @@ def _as_matrix(x: Any, where: str) -> np.ndarray | sparse.csr_matrix:
     if x.dtype.kind not in "fiub":
         msg = f"{where} has values of type {x.dtype}; the model needs numbers."
         raise TypeError(msg)
-    if sparse.issparse(x):
-        return sparse.csr_matrix(x, dtype=np.float32, copy=False)
-    return np.ascontiguousarray(x, dtype=np.float32)
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused later
+        if not sparse.issparse(x):
+            return np.ascontiguousarray(x, dtype=np.float32)
+        x = sparse.csr_matrix(x, dtype=np.float32, copy=False)
+    if not x.has_canonical_format:  # an entry may be stored in parts: its value is their sum
+        x = x.copy()
+        x.sum_duplicates()
+    return x
 
 
 def _in_gene_order(x: Any, names: Any, wanted: np.ndarray) -> Any:
@@ -172,8 +177,9 @@ def _in_gene_order(x: Any, names: Any, wanted: np.ndarray) -> Any:
 def _check_finite(x: np.ndarray | sparse.csr_matrix, where: str) -> None:
     values = x.data if sparse.issparse(x) else x
     # A sum is finite exactly if all values are, short of overflow; only then is each value looked at.
-    if np.isfinite(values.sum(dtype=np.float64)):
-        return
+    with np.errstate(invalid="ignore"):
+        if np.isfinite(values.sum(dtype=np.float64)):
+            return
     rows = x.tocoo().row[~np.isfinite(values)] if sparse.issparse(x) else np.nonzero(~np.isfinite(values))[0]
     if len(rows):
         msg = (

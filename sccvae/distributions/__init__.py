@@ -1,6 +1,6 @@
 """Likelihoods and closed-form divergences, on torch alone."""
 
-from sccvae.distributions._base import LIKELIHOODS, Likelihood, Observation, as_likelihood
+from sccvae.distributions._base import LIKELIHOODS, Likelihood, Observation, as_likelihood, register
 from sccvae.distributions.continuous import Bernoulli, Normal, log_bernoulli, log_normal
 from sccvae.distributions.counts import ZINB, NegativeBinomial, Poisson, log_nb, log_poisson, log_zinb
 from sccvae.distributions.kl import kl_normal, kl_standard_normal
@@ -22,4 +22,5 @@ __all__ = [
     "log_normal",
     "log_poisson",
     "log_zinb",
+    "register",
 ]

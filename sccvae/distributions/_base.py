@@ -52,10 +52,10 @@ class Likelihood(nn.Module, ABC):
         self.settings = settings
 
     @abstractmethod
-    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+    def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         """Create the heads for a decoder output of width ``n_in`` and ``n_features`` features; return self.
 
-        ``n_batch`` is the number of batches for batch-wise parameters.
+        ``n_batch`` is the number of batches for batch-wise parameters; None if the decoder does not see the batch.
         """
 
     @abstractmethod

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from sccvae.distributions._base import Likelihood, Observation, register
 
@@ -114,7 +114,7 @@ class Normal(Likelihood):
             raise ValueError(msg)
         super().__init__(sigma=sigma, min_sigma=min_sigma)
 
-    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+    def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         """Create the heads; see :meth:`Likelihood.build`."""
         self.mean_head = nn.Linear(n_in, n_features)
         match self.settings["sigma"]:
@@ -146,8 +146,7 @@ class Normal(Likelihood):
                 log_sigma = self.sigma_head(h).clamp(max=MAX_LOG_SIGMA)
             case _:
                 return self.fixed_sigma
-        floor = math.log(self.settings["min_sigma"])
-        return torch.exp(floor + softplus(log_sigma - floor))  # smooth bound: the gradient never dies
+        return self.settings["min_sigma"] + log_sigma.exp()
 
 
 @register("bernoulli")
@@ -166,7 +165,7 @@ class Bernoulli(Likelihood):
     def __init__(self, resample: bool = False) -> None:
         super().__init__(resample=resample)
 
-    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+    def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         """Create the heads; see :meth:`Likelihood.build`."""
         self.logit_head = nn.Linear(n_in, n_features)
         return self

@@ -187,7 +187,7 @@ class _CountLikelihood(Likelihood):
 
     support = "counts"
 
-    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+    def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         self.scale_head = nn.Linear(n_in, n_features)
         return self
 
@@ -244,14 +244,20 @@ class NegativeBinomial(_CountLikelihood):
             raise ValueError(msg)
         super().__init__(dispersion=dispersion)
 
-    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+    def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         """Create the heads; see :meth:`Likelihood.build`."""
         super().build(n_in, n_features, n_batch)
         if self.settings["dispersion"] == "gene-cell":
             self.theta_head = nn.Linear(n_in, n_features)
         else:
-            n_rows = n_batch if self.settings["dispersion"] == "gene-batch" else 1
-            self.log_theta = nn.Parameter(torch.zeros(n_rows, n_features))
+            batchwise = self.settings["dispersion"] == "gene-batch"
+            if batchwise and n_batch is None:
+                msg = (
+                    "dispersion='gene-batch' needs a model whose decoder sees the batch: use a CVAE with batch_key and "
+                    "prior='fixed', or dispersion='gene'."
+                )
+                raise ValueError(msg)
+            self.log_theta = nn.Parameter(torch.zeros(n_batch if batchwise else 1, n_features))
         return self
 
     def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> NBObservation:
@@ -282,7 +288,7 @@ class ZINB(NegativeBinomial):
     Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
     """
 
-    def build(self, n_in: int, n_features: int, n_batch: int = 1) -> Self:
+    def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         """Create the heads; see :meth:`Likelihood.build`."""
         super().build(n_in, n_features, n_batch)
         self.zero_head = nn.Linear(n_in, n_features)

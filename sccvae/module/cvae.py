@@ -88,7 +88,7 @@ class CVAE(LatentVariableModule):
         self.encoder = GaussianEncoder(n_features, n_latent, n_cond=n_cond if encode_condition else 0, **mlp)
         self.decoder = MLP(n_latent, n_cond=n_cond if self.fixed_prior else 0, **mlp)
         self.prior_net = None if self.fixed_prior else GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None)
-        n_batch = self.conditions.n_categories[0] if n_categories else 1
+        n_batch = self.conditions.n_categories[0] if n_categories and self.fixed_prior else None
         self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features, n_batch)
 
     def c(self, batch: Batch) -> Tensor:

@@ -134,35 +134,36 @@ def fit(
             settings = {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
             settings |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
             settings |= {"n_train": len(train_rows), "n_validation": len(validation_rows)}
+            settings |= {"model": type(module).__name__, "n_weights": sum(p.numel() for p in module.parameters())}
             checkpoint = ResumableTraining(checkpoint_dir, settings, best)
             if checkpoint.resume(plan):
                 logger.info("The training in %s had finished; its weights are loaded.", checkpoint_dir)
                 max_epochs = len(plan.rows)
             used.append(checkpoint)
         trainer = None
-        if max_epochs > len(plan.rows):
-            train_loader.epoch = len(plan.rows)
-            trainer = Trainer(
-                max_epochs=max_epochs - len(plan.rows),
-                accelerator=accelerator,
-                devices=devices,
-                callbacks=used,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                enable_checkpointing=checkpoint is not None,
-                num_sanity_val_steps=0,
-                **{"logger": False} | trainer_options,
-            )
-            module.train()
-            try:
+        try:
+            if max_epochs > len(plan.rows):
+                train_loader.epoch = len(plan.rows)
+                trainer = Trainer(
+                    max_epochs=max_epochs - len(plan.rows),
+                    accelerator=accelerator,
+                    devices=devices,
+                    callbacks=used,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    enable_checkpointing=checkpoint is not None,
+                    num_sanity_val_steps=0,
+                    **{"logger": False} | trainer_options,
+                )
+                module.train()
                 trainer.fit(plan, train_loader, _validation_loader(store, validation_rows, batch_size))
                 if checkpoint is not None and not plan.interrupted:
                     checkpoint.write(plan, plan.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=True)
-            finally:
-                module.cpu()
-                if best is not None and not plan.interrupted:
-                    best.restore(module)
-                module.eval()
+        finally:
+            module.cpu()
+            if best is not None and not plan.interrupted:
+                best.restore(module)
+            module.eval()
     if plan.interrupted:
         logger.warning("Training was interrupted in epoch %d; the model keeps its current weights.", len(plan.rows) + 1)
     table = pd.DataFrame(plan.rows)

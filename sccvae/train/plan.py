@@ -96,10 +96,13 @@ class TrainingPlan(LightningModule):
 
     def validation_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """Terms at the target KL weight, so that epochs compare whatever the warm-up."""
-        for tensors in chunk:
-            batch = Batch(**tensors)
-            _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
-            self._add("validation", report, len(batch.x))
+        try:
+            for tensors in chunk:
+                batch = Batch(**tensors)
+                _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
+                self._add("validation", report, len(batch.x))
+        except KeyboardInterrupt:
+            self.interrupted = self.trainer.should_stop = True
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation cells; the weights are those at the end of the epoch."""

@@ -1,0 +1,356 @@
+"""The sccvae command: exit codes, one clear line for an error, files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import sccvae
+from sccvae import _demo, cli, datasets, model, tl
+from sccvae.cli import main
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--max-epochs", "2"]
+COUNTS = ["--layer", "counts", "--batch-key", "batch"]
+
+
+def make_cells() -> ad.AnnData:
+    rng = np.random.default_rng(0)
+    batch = rng.integers(0, 2, 200)
+    rate = rng.gamma(1.0, 1.0, (2, 100))[batch]
+    adata = ad.AnnData(
+        np.log1p(rate).astype(np.float32),
+        obs=pd.DataFrame(
+            {"batch": pd.Categorical.from_codes(batch, ["1", "2"]), "donor": rng.choice(["x", "y"], 200)},
+            index=[f"cell{i}" for i in range(200)],
+        ),
+        var=pd.DataFrame(index=[f"gene{i}" for i in range(100)]),
+    )
+    adata.layers["counts"] = sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
+    return adata
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that holds cells.h5ad."""
+    make_cells().write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of these cells."""
+    adata = make_cells()
+    model.CVAE.setup_anndata(adata, layer="counts", batch_key="batch")
+    cvae = model.CVAE(adata)
+    cvae.train(max_epochs=2, progress_bar=False)
+    path = tmp_path_factory.mktemp("models") / "cvae"
+    cvae.save(path)
+    return path
+
+
+def names(folder: Path) -> set[str]:
+    """All that lies in a folder, hidden files included."""
+    return set(os.listdir(folder))
+
+
+# help
+
+
+def test_help_is_fast_and_loads_nothing_heavy():
+    code = """
+import sys, time
+start = time.perf_counter()
+from sccvae.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(time.perf_counter() - start)
+print(*({"anndata", "h5py", "lightning", "matplotlib", "numpy", "scanpy", "scvi", "torch"} & set(sys.modules)))
+"""
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        *text, took, heavy = done.stdout.splitlines()
+        assert heavy == ""
+        seconds.append(float(took))
+    assert "usage: sccvae" in text[0]
+    assert min(seconds) < 1  # the others tell what else the machine was doing
+
+
+@pytest.mark.parametrize("command", ["train", "embed", "correct", "demo"])
+def test_every_command_explains_itself_with_an_example(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"\n  sccvae {command}" in out
+    for option in ("--debug", "--quiet", *(["--layer", "--batch-key", "--seed"] if command != "demo" else [])):
+        assert option in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"sccvae {sccvae.__version__}\n"
+
+
+def test_script_is_declared():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {"sccvae": "sccvae.cli:main"}
+
+
+# the jobs
+
+
+def test_train_then_embed_and_correct_with_the_model(folder, capsys):
+    assert main(["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST, "--n-latent", "3", "--labels-key", "donor"]) == 0
+    said = capsys.readouterr()
+    assert "m: CVAE of 200 cells x 100 genes, lowest −ELBO" in said.out
+    assert "cells/s" in said.err
+    assert main(["embed", "cells.h5ad", "e.h5ad", "--model-dir", "m", "--key", "z"]) == 0
+    assert "e.h5ad: obsm['z'], 200 cells x 3 dimensions" in capsys.readouterr().out
+    assert (
+        main(["correct", "cells.h5ad", "c.h5ad", "--model-dir", "m", "--reference", "2", "--library-size", "100"]) == 0
+    )
+    assert "c.h5ad: layers['corrected'] (as in 2) and obsm['X_cvae']" in capsys.readouterr().out
+    e, c = ad.read_h5ad("e.h5ad"), ad.read_h5ad("c.h5ad")
+    loaded = model.load("m")
+    assert loaded.registry_["setup_args"]["labels_key"] == "donor"
+    assert np.array_equal(e.obsm["z"], loaded.get_latent_representation(e))
+    assert np.array_equal(c.obsm["X_cvae"], e.obsm["z"])
+    np.testing.assert_allclose(c.layers["corrected"].sum(1), 100, rtol=1e-4)
+    assert not [key for key in [*e.obs, *e.uns, *e.obsm] if "scvi" in key]
+    assert names(folder) == {"cells.h5ad", "m", "e.h5ad", "c.h5ad"}
+
+
+def test_embed_trains_on_the_fly_as_tl_does(folder, capsys):
+    options = ["--seed", "4", "--likelihood", "poisson", "--n-hidden", "16", "--categorical-covariate", "donor"]
+    assert main(["embed", "cells.h5ad", "out.h5ad", *COUNTS, *FAST, *options, "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")
+    adata = make_cells()
+    tl.embed(
+        adata,
+        layer="counts",
+        batch_key="batch",
+        categorical_covariate_keys=["donor"],
+        likelihood="poisson",
+        model_options={"n_hidden": 16},
+        seed=4,
+        train_options={"max_epochs": 2, "progress_bar": False},
+    )
+    assert np.array_equal(ad.read_h5ad("out.h5ad").obsm["X_cvae"], adata.obsm["X_cvae"])
+
+
+def test_correct_trains_on_the_fly(folder):
+    source = Path("cells.h5ad").read_bytes()
+    assert main(["correct", "cells.h5ad", "out.h5ad", *COUNTS, *FAST, "--key", "new"]) == 0
+    out = ad.read_h5ad("out.h5ad")
+    assert list(out.uns["new"]["reference"]) == ["1", "2"]
+    np.testing.assert_allclose(out.layers["new"].sum(1), 1e4, rtol=1e-4)
+    assert Path("cells.h5ad").read_bytes() == source
+
+
+def test_training_goes_on_from_a_checkpoint(folder, capsys):
+    arguments = ["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST, "--checkpoint-dir", "state"]
+    assert main(arguments) == 0
+    assert names(folder / "state") == {"training.safetensors"}
+    first = (folder / "m" / "weights.safetensors").read_bytes()
+    assert main([*arguments, "--force"]) == 0
+    assert (folder / "m" / "weights.safetensors").read_bytes() == first
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["fit"], "invalid choice: 'fit'"),
+        (["train", "cells.h5ad"], "--out"),
+        (["train", "cells.h5ad", "--out", "m", "--max-epochs", "0"], "'0' is not a whole number above 0"),
+        (["train", "cells.h5ad", "--out", "m", "--checkpoint-dir", "m/state"], "--checkpoint-dir must not be --out"),
+        (["embed", "cells.h5ad", "out.zarr"], "'out.zarr' must end in .h5ad"),
+        (["embed", "cells.h5ad", "o.h5ad", "--model-dir", "m", "--batch-key", "b", "--categorical-covariate", "d",
+          "--seed", "0"], "--batch-key, --categorical-covariate, --seed: the model in --model-dir"),
+        (["correct", "cells.h5ad", "o.h5ad"], "--batch-key is needed"),
+        (["correct", "cells.h5ad", "o.h5ad", "--model", "vae"], "invalid choice: 'vae'"),
+        (["correct", "cells.h5ad", "o.h5ad", "--library-size", "none"], "neither a number above 0 nor 'latent'"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_2(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert names(folder) == {"cells.h5ad"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "none.h5ad", "o.h5ad"], "there is no file none.h5ad."),
+        (["embed", "cells.h5ad", "none/o.h5ad"], "there is no folder none; make it first."),
+        (["embed", "cells.h5ad", "cells.h5ad", "--force"], "is the input, which is never overwritten"),
+        (["embed", "text.h5ad", "o.h5ad"], "text.h5ad cannot be read as .h5ad: "),
+        (["embed", "cells.h5ad", "text.h5ad"], "text.h5ad exists; pass --force"),
+        (["embed", "cells.h5ad", "o.h5ad", *COUNTS[:2]], "'cvae' needs a condition: pass batch_key="),
+        (["embed", "cells.h5ad", "o.h5ad", "--batch-key", "plate"], "There is no adata.obs['plate']; the columns are"),
+        (["embed", "cells.h5ad", "o.h5ad", "--batch-key", "batch"], "adata.X holds values that are not whole numbers"),
+        (["embed", "cells.h5ad", "o.h5ad", "--model-dir", "none"], "none is no saved sccvae model"),
+        (["correct", "cells.h5ad", "o.h5ad", *COUNTS, "--reference", "3"], "must be of the batches in obs['batch']"),
+        (["train", "cells.h5ad", "--out", "none/m", *COUNTS], "there is no folder"),
+        (["train", "cells.h5ad", "--out", ".", *COUNTS, "--force"], "is not a saved model, so --force does not"),
+        (["train", "cells.h5ad", "--out", "text.h5ad", *COUNTS], "text.h5ad exists; pass --force"),
+        (["train", "cells.h5ad", "--out", "m", *COUNTS, "--model", "vae"], "'vae' takes no account of ['batch_key']"),
+    ],
+)
+def test_an_error_is_1_and_one_line(folder, capsys, arguments, message):
+    Path("text.h5ad").write_text("not HDF5")
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("sccvae: error: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert names(folder) == {"cells.h5ad", "text.h5ad"}
+    assert Path("text.h5ad").read_text() == "not HDF5"
+
+
+def test_unexpected_errors_name_their_kind_and_debug_shows_where(folder, capsys, monkeypatch):
+    monkeypatch.setattr(tl, "embed", lambda *_, **__: {}.no_such_method())
+    assert main(["embed", "cells.h5ad", "o.h5ad"]) == 1
+    text = "error: AttributeError: 'dict' object has no attribute 'no_such_method'"
+    assert capsys.readouterr().err == f"sccvae: {text} (--debug shows where)\n"
+    assert main(["embed", "cells.h5ad", "o.h5ad", "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert text in said
+
+
+def test_warnings_are_one_line_and_those_for_developers_are_hidden(folder, capsys, monkeypatch):
+    def warn(*_, **__):
+        warnings.simplefilter("always")
+        warnings.warn("look\nhere", UserWarning, stacklevel=1)
+        warnings.warn("will change", FutureWarning, stacklevel=1)
+        raise ValueError("end")
+
+    monkeypatch.setattr(tl, "embed", warn)
+    main(["embed", "cells.h5ad", "o.h5ad"])
+    assert capsys.readouterr().err == "sccvae: warning: look here\nsccvae: error: end\n"
+    main(["embed", "cells.h5ad", "o.h5ad", "--debug"])
+    assert "FutureWarning: will change" in capsys.readouterr().err
+
+
+# whole or not at all
+
+
+def test_force_replaces_and_keeps_the_usual_permissions(folder, saved):
+    Path("o.h5ad").write_text("old")
+    usual = Path("o.h5ad").stat().st_mode
+    assert main(["embed", "cells.h5ad", "o.h5ad", "--model-dir", str(saved), "--force"]) == 0
+    assert "X_cvae" in ad.read_h5ad("o.h5ad").obsm
+    assert Path("o.h5ad").stat().st_mode == usual
+    assert names(folder) == {"cells.h5ad", "o.h5ad"}
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_failure_while_writing_leaves_the_old_file(folder, saved, capsys, monkeypatch, error):
+    Path("o.h5ad").write_text("old")
+
+    def write(self, path):
+        Path(path).write_text("half")
+        raise error
+
+    monkeypatch.setattr(ad.AnnData, "write_h5ad", write)
+    code = main(["embed", "cells.h5ad", "o.h5ad", "--model-dir", str(saved), "--force"])
+    said = capsys.readouterr().err
+    if isinstance(error, OSError):
+        assert (code, said) == (1, "sccvae: error: disk full\n")
+    else:
+        assert (code, said) == (130, "sccvae: interrupted; no output written\n")
+    assert Path("o.h5ad").read_text() == "old"
+    assert names(folder) == {"cells.h5ad", "o.h5ad"}
+
+
+def test_interrupted_training_writes_nothing_and_goes_on(folder, capsys, monkeypatch):
+    loss, calls = sccvae.module.CVAE.loss, []
+
+    def press_ctrl_c(self, *args, **kwargs):
+        calls.append(self.training)
+        if calls.count(True) == 4:  # in the second epoch of two steps
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(sccvae.module.CVAE, "loss", press_ctrl_c)
+    handler = signal.getsignal(signal.SIGINT)
+    arguments = ["train", "cells.h5ad", "--out", "m", *COUNTS, "--max-epochs", "3", "--checkpoint-dir", "state"]
+    assert main(arguments) == 130
+    assert "sccvae: interrupted; no output written; run it again to go on from state\n" in capsys.readouterr().err
+    assert names(folder) == {"cells.h5ad", "state"}
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    os.chdir(folder)
+    assert main(arguments) == 0
+    assert len(model.load("m").history["elbo_train"]) == 3
+
+
+# demo
+
+
+def test_demo(folder, capsys, monkeypatch):
+    few = datasets.pbmc68k_reduced()[::3, ::5].copy()
+    monkeypatch.setattr(datasets, "pbmc68k_reduced", lambda: few.copy())
+    monkeypatch.setattr(_demo, "MAX_EPOCHS", 2)
+    monkeypatch.setattr(_demo, "_umap", lambda representation, seed: representation[:, :2])  # compiling it takes 20 s
+    assert main(["demo", "--out", "new/results"]) == 0
+    said = capsys.readouterr().out
+    for text in ("batches mixed", "accuracy of neighbours", "Correlation with the truth", "profiles of cell types"):
+        assert text in said
+    assert names(folder / "new" / "results") == {"demo.h5ad", "umap.png", "history.png", "plate.png"}
+    adata = ad.read_h5ad("new/results/demo.h5ad")
+    assert {"X_pca", "X_pca_umap", "X_cvae", "X_cvae_umap"} <= set(adata.obsm)
+    assert {"counts", "truth", "corrected"} == set(adata.layers)
+    assert not [key for key in [*adata.obs, *adata.uns, *adata.obsm] if "scvi" in key]
+    assert _demo.table(adata) in said
+
+
+def test_demo_table_of_perfect_correction():
+    """Where the truth itself is given as corrected, its correlations are 1 and those of the counts are not."""
+    adata = datasets.plant_batch_effect(datasets.pbmc68k_reduced()[:, ::5].copy(), strength=1.0)
+    adata.layers["corrected"] = _demo._per_10k(adata.layers["truth"])
+    adata.obsm["X_pca"] = adata.obsm["X_cvae"] = adata.X[:, :50].toarray()
+    lines = {line[:38].strip(): line[38:].split() for line in _demo.table(adata).splitlines()}
+    for name in ("profiles of cell types in batch1", "genes, single cells (*)"):
+        before, after, truth = map(float, lines[name])
+        assert after == truth == 1
+        assert 0.5 < before < 0.99
+    before, after, truth = map(float, lines["genes, cells against their type"])
+    assert after == truth > before
+    before, after, truth = map(float, lines["batches mixed (1: as at random)"])
+    assert before == after < truth
+    assert truth == pytest.approx(1, abs=0.05)
+
+
+def test_temporary_files_lie_beside_the_output(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ad.AnnData, "write_h5ad", lambda self, path: (seen.append(Path(path)), Path(path).touch()))
+    cli.write_h5ad(make_cells(), folder / "o.h5ad")
+    assert seen[0].parent.parent == folder
+    assert names(folder) == {"cells.h5ad", "o.h5ad"}
