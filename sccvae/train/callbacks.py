@@ -36,8 +36,6 @@ class BestWeights(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the epoch, copy the weights if it is the best, stop if patience is over."""
-        if pl_module.interrupted:
-            return
         if self.monitor not in trainer.callback_metrics:
             msg = (
                 f"Early stopping watches {self.monitor!r}, which is not logged; choose of "

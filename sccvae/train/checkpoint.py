@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,8 +42,7 @@ class ResumableTraining(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the finished epoch."""
-        if not pl_module.interrupted:
-            self.write(pl_module, pl_module.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=False)
+        self.write(pl_module, pl_module.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=False)
 
     def write(self, plan: TrainingPlan, optimizer_state: dict[int, dict[str, Tensor]], *, finished: bool) -> None:
         """Write everything to a temporary file, then put it in the place of the last one."""
@@ -72,11 +71,16 @@ class ResumableTraining(Checkpoint):
         Raises
         ------
         ValueError
-            If the file is of a training with other settings, or of a newer format.
+            If the file is of a training with other settings, of a newer format, or damaged.
         """
         if not self.path.exists():
             return False
-        with safe_open(self.path, framework="pt") as file:
+        try:
+            opened = safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            msg = f"{self.path} is damaged ({error}); delete it, or choose another checkpoint_dir, to start anew."
+            raise ValueError(msg) from error
+        with opened as file:
             header = json.loads((file.metadata() or {}).get("sccvae", "{}"))
             if header.get("format") != FORMAT:
                 msg = f"{self.path} has training format {header.get('format')}; this sccvae reads format {FORMAT}."

@@ -107,17 +107,26 @@ def fit(
     Raises
     ------
     ValueError
-        If there are fewer than two training cells, or a checkpoint does not fit.
+        If there are too few training cells, epochs or cells in a mini-batch, or a checkpoint does not fit.
     FloatingPointError
-        If the loss stops being finite; the module then has its best weights.
+        If the loss stops being finite; the module then has its best weights, or, before any validation, its first ones.
     """
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
         raise ValueError(msg)
     train_loader = ChunkLoader(store, train_rows, batch_size, shuffle=True, seed=seed)
     steps = train_loader.n_batches
+    if len(train_rows) < 2 * steps and any(isinstance(m, torch.nn.BatchNorm1d) for m in module.modules()):
+        msg = (
+            f"batch_size={batch_size} leaves mini-batches of a single cell, on which batch norm cannot work; use a "
+            "batch_size of at least 3, or norm='layer'."
+        )
+        raise ValueError(msg)
     max_epochs = default_max_epochs(steps) if max_epochs is None else max_epochs
-    schedule = Schedule(max(1, steps * max_epochs), kl_weight, kl_warmup)
+    if max_epochs < 1:
+        msg = f"max_epochs={max_epochs} must be at least 1."
+        raise ValueError(msg)
+    schedule = Schedule(steps * max_epochs, kl_weight, kl_warmup)
     plan = TrainingPlan(module, schedule, lr=lr, weight_decay=weight_decay)
     best = None
     if len(validation_rows):
@@ -140,7 +149,10 @@ def fit(
                 logger.info("The training in %s had finished; its weights are loaded.", checkpoint_dir)
                 max_epochs = len(plan.rows)
             used.append(checkpoint)
-        trainer = None
+        # We log once an epoch, which is less than Lightning expects of the log; an empty loader it would warn about.
+        defaults = {"logger": False, "log_every_n_steps": 1, "limit_val_batches": 1.0 if len(validation_rows) else 0}
+        first = {k: v.clone() for k, v in module.state_dict().items()}
+        trainer, interrupted = None, False
         try:
             if max_epochs > len(plan.rows):
                 train_loader.epoch = len(plan.rows)
@@ -153,26 +165,29 @@ def fit(
                     enable_model_summary=False,
                     enable_checkpointing=checkpoint is not None,
                     num_sanity_val_steps=0,
-                    **{"logger": False} | trainer_options,
+                    **defaults | trainer_options,
                 )
                 module.train()
-                trainer.fit(plan, train_loader, _validation_loader(store, validation_rows, batch_size))
-                if checkpoint is not None and not plan.interrupted:
+                trainer.fit(plan, train_loader, ChunkLoader(store, validation_rows, batch_size))
+                if checkpoint is not None:
                     checkpoint.write(plan, plan.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=True)
+        except SystemExit as stop:  # Lightning answers Ctrl-C, wherever it strikes, by ending the Python session
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            interrupted = True
+        except FloatingPointError:
+            module.load_state_dict(first)
+            raise
         finally:
             module.cpu()
-            if best is not None and not plan.interrupted:
+            if best is not None and not interrupted:
                 best.restore(module)
             module.eval()
-    if plan.interrupted:
+    if interrupted:
         logger.warning("Training was interrupted in epoch %d; the model keeps its current weights.", len(plan.rows) + 1)
     table = pd.DataFrame(plan.rows)
     table.index.name = "epoch"
-    return TrainingResult({name: table[[name]] for name in table}, plan.interrupted, trainer)
-
-
-def _validation_loader(store: CellStore, rows: np.ndarray, batch_size: int) -> ChunkLoader | None:
-    return ChunkLoader(store, rows, batch_size) if len(rows) else None
+    return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer)
 
 
 @contextmanager

@@ -36,8 +36,6 @@ class TrainingPlan(LightningModule):
         Optimiser steps taken.
     rows
         One dictionary of logged means for each finished epoch.
-    interrupted
-        Whether Ctrl-C ended the training.
     optimizer_state
         State that a resumed training starts its optimiser with.
     """
@@ -52,7 +50,6 @@ class TrainingPlan(LightningModule):
         self.lr, self.weight_decay = lr, weight_decay
         self.n_steps = 0
         self.rows: list[dict[str, float]] = []
-        self.interrupted = False
         self.optimizer_state: dict[str, Any] | None = None
         self._sums: dict[str, dict[str, Tensor]] = {"train": defaultdict(float), "validation": defaultdict(float)}
         self._counts = {"train": 0, "validation": 0}
@@ -70,25 +67,21 @@ class TrainingPlan(LightningModule):
     def training_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """One optimiser step for each mini-batch of the chunk."""
         optimizer = self.optimizers(use_pl_optimizer=False)
-        try:
-            for tensors in chunk:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.lr * self.schedule.lr(self.n_steps)
-                batch = Batch(**tensors)
-                objective, report = self.module.loss(batch, kl_weight=self.schedule.kl(self.n_steps))
-                optimizer.zero_grad(set_to_none=True)
-                objective.backward()
-                optimizer.step()
-                self.n_steps += 1
-                self._add("train", report, len(batch.x))
-        except KeyboardInterrupt:  # Lightning would end the whole Python session
-            self.interrupted = self.trainer.should_stop = True
-            return
+        for tensors in chunk:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * self.schedule.lr(self.n_steps)
+            batch = Batch(**tensors)
+            objective, report = self.module.loss(batch, kl_weight=self.schedule.kl(self.n_steps))
+            optimizer.zero_grad(set_to_none=True)
+            objective.backward()
+            optimizer.step()
+            self.n_steps += 1
+            self._add("train", report, len(batch.x))
         if not torch.isfinite(report["loss"]):
             bad = [name for name, value in report.items() if not torch.isfinite(value)]
             msg = (
-                f"The loss is no longer finite at optimiser step {self.n_steps} (terms {bad}); the model keeps "
-                "the best "
+                f"The loss is no longer finite at optimiser step {self.n_steps} (terms {bad}); the model goes "
+                "back to its best "
                 f"weights so far. Train again with a lower learning rate (lr={self.lr / 10:g}) or look for "
                 "extreme values."
             )
@@ -96,13 +89,10 @@ class TrainingPlan(LightningModule):
 
     def validation_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """Terms at the target KL weight, so that epochs compare whatever the warm-up."""
-        try:
-            for tensors in chunk:
-                batch = Batch(**tensors)
-                _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
-                self._add("validation", report, len(batch.x))
-        except KeyboardInterrupt:
-            self.interrupted = self.trainer.should_stop = True
+        for tensors in chunk:
+            batch = Batch(**tensors)
+            _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
+            self._add("validation", report, len(batch.x))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation cells; the weights are those at the end of the epoch."""
@@ -111,8 +101,6 @@ class TrainingPlan(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the means over the training cells of this epoch, and keep the epoch's row."""
-        if self.interrupted:
-            return
         last = max(0, self.n_steps - 1)
         rates = {"kl_weight": self.schedule.kl(last), "lr": self.lr * self.schedule.lr(last)}
         means = self._means("train") | rates
