@@ -27,6 +27,9 @@ ifneq ($(wildcard ../shared/data),)
 export SCCVAE_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
+# What runs here multiplies small matrices: a second thread gains little, and on a busy machine costs tenfold.
+export OMP_NUM_THREADS ?= 1
+
 help:
 	@echo "make install            .venv with sccvae (editable) and all that the targets below need"
 	@echo "make install-bench      what benchmarks/ compares with, too"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BATCH, CELL_TYPE, REFERENCE = "batch", "bulk_labels", "batch0"
 #: Standard deviation of the natural log of the factor that the second batch puts on a gene: 1 doubles or halves it.
 STRENGTH = 1.0
-MAX_EPOCHS = 100
+MAX_EPOCHS = 200
 #: Cell types with fewer cells in a batch have no mean profile worth comparing.
 FEWEST_CELLS = 10
 

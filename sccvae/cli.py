@@ -19,7 +19,7 @@ from sccvae import __version__
 if TYPE_CHECKING:
     from anndata import AnnData
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
+OK, FAILED = 0, 1
 
 #: Options of a model that is still to be trained, by what they are handed to.
 COVARIATES = ("categorical_covariate_keys", "continuous_covariate_keys")
@@ -38,24 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    Exit code: 0, 1 after an error (told in one line on stderr), 130 after Ctrl-C. Wrong usage and ``--help`` end in
-    ``SystemExit``, with 2 and 0, as argparse does.
+    Exit code: 0; 1 after an error, told in one line on stderr; 130 after Ctrl-C, 143 after SIGTERM. Wrong usage and
+    ``--help`` end in ``SystemExit``, with 2 and 0, as argparse does.
     """
     args = parser().parse_args(argv)
-    with _interrupts() as pressed, warnings.catch_warnings():
+    with _signals() as received, warnings.catch_warnings():
         warnings.showwarning = _show_all_warnings if args.debug else _show_warning
         try:
-            args.run(args, pressed)
+            args.run(args, received)
         except BaseException as error:
-            # Lightning turns a Ctrl-C outside of its steps into SystemExit.
-            if not isinstance(error, KeyboardInterrupt) and not pressed and not isinstance(error, Exception):
+            # A training ends on a signal in several ways; Lightning's are kinds of SystemExit.
+            if not received and not isinstance(error, Exception | KeyboardInterrupt):
                 raise
             if args.debug:
                 traceback.print_exc()
-            if pressed or isinstance(error, KeyboardInterrupt):
+            if received or isinstance(error, KeyboardInterrupt):
                 folder = getattr(args, "checkpoint_dir", None)
                 _tell("interrupted; no output written" + (f"; run it again to go on from {folder}" if folder else ""))
-                return INTERRUPTED
+                return 128 + (received or [signal.SIGINT])[0]
             _tell(f"error: {_text(error)}")
             return FAILED
     return OK
@@ -176,7 +176,7 @@ def _training_options(command: argparse.ArgumentParser, models: Sequence[str] = 
     add("--seed", type=int, metavar="N", help="same seed, same result (default: 0)")
 
 
-def _train(args: argparse.Namespace, pressed: list[int]) -> None:
+def _train(args: argparse.Namespace, received: list[int]) -> None:
     out, checkpoints = args.out.resolve(), args.checkpoint_dir
     if checkpoints is not None and out in (checkpoints.resolve(), *checkpoints.resolve().parents):
         args.usage_error("--checkpoint-dir must not be --out or lie in it: the saved model is alone in its folder")
@@ -196,14 +196,14 @@ def _train(args: argparse.Namespace, pressed: list[int]) -> None:
     kind.setup_anndata(adata, **setup)
     model = kind(adata, seed=seed, **settings)
     model.train(seed=seed, progress_bar=not args.quiet, **training)
-    _check_pressed(pressed)
+    _stop_if(received)
     model.save(out, overwrite=args.force)
     curve = model.history.get("elbo_validation", model.history["elbo_train"])
     best = f"lowest −ELBO {float(curve.min().iloc[0]):.1f} nats per cell in {len(curve)} epochs"
     _report(args, f"{args.out}: {kind.__name__} of {adata.n_obs} cells x {adata.n_vars} genes, {best}")
 
 
-def _embed(args: argparse.Namespace, pressed: list[int]) -> None:
+def _embed(args: argparse.Namespace, received: list[int]) -> None:
     options = _options(args)
     adata = _read(args.input)
     from sccvae import tl
@@ -211,12 +211,12 @@ def _embed(args: argparse.Namespace, pressed: list[int]) -> None:
     model = _model(args)
     key = args.key or f"X_{model if isinstance(model, str) else type(model).__name__.lower()}"
     tl.embed(adata, model, key_added=key, **options)
-    _check_pressed(pressed)
+    _stop_if(received)
     write_h5ad(adata, args.output)
     _report(args, f"{args.output}: obsm[{key!r}], {adata.n_obs} cells x {adata.obsm[key].shape[1]} dimensions")
 
 
-def _correct(args: argparse.Namespace, pressed: list[int]) -> None:
+def _correct(args: argparse.Namespace, received: list[int]) -> None:
     if args.model_dir is None and args.batch_key is None:
         args.usage_error("--batch-key is needed to train a model (or --model-dir)")
     options = _options(args) | {"reference": args.reference, "library_size": args.library_size, "key_added": args.key}
@@ -224,22 +224,27 @@ def _correct(args: argparse.Namespace, pressed: list[int]) -> None:
     from sccvae import tl
 
     tl.correct(adata, _model(args), **options)
-    _check_pressed(pressed)
+    _stop_if(received)
     write_h5ad(adata, args.output)
     to = ", ".join(str(batch) for batch in adata.uns[args.key]["reference"])
     _report(args, f"{args.output}: layers[{args.key!r}] (as in {to}) and obsm[{adata.uns[args.key]['embedding']!r}]")
 
 
-def _demo(args: argparse.Namespace, pressed: list[int]) -> None:
+def _demo(args: argparse.Namespace, received: list[int]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     _report(args, "loading (the first import takes a few seconds)")
+    # Small matrices keep one thread busy; with two the demo takes minutes on a busy machine. Where numba (in scanpy) has
+    # threads of its own, it gives torch as many.
+    if not {"numba", "torch"} & set(sys.modules):
+        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
     import matplotlib as mpl
 
     mpl.use("Agg")  # pictures go to files only
     from sccvae import _demo
 
     done = _demo.run(seed=args.seed, progress_bar=not args.quiet, say=lambda text: _report(args, text))
-    _check_pressed(pressed)
+    _stop_if(received)
     write_h5ad(done.adata, args.out / "demo.h5ad")
     for name, figure in done.figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=150)
@@ -321,23 +326,24 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Note every Ctrl-C: a training ends on the first and goes on to return."""
-    pressed: list[int] = []
+def _signals() -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM: a training ends on the first and goes on to return."""
+    received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        pressed.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield pressed
+        yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _check_pressed(pressed: list[int]) -> None:
-    if pressed:
+def _stop_if(received: list[int]) -> None:
+    if received:
         raise KeyboardInterrupt
 
 

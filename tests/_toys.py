@@ -1,4 +1,4 @@
-"""Small AnnData and models that several test files share."""
+"""Small AnnData that several test files share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-
-#: Smallest sensible network and training: what a test adds to show its point.
-TINY = {"n_latent": 2, "n_hidden": 8}
-FAST = {"max_epochs": 2, "batch_size": 16, "accelerator": "cpu", "progress_bar": False}
 
 
 def toy_counts(n: int = 48, n_genes: int = 12, seed: int = 0) -> AnnData:
@@ -41,6 +37,6 @@ def toy_values(n: int = 48, n_features: int = 12, seed: int = 0) -> AnnData:
     return AnnData(x.astype(np.float32), obs=toy.obs, var=toy.var)
 
 
-def toy_for(likelihood: str) -> AnnData:
-    """Data that the likelihood can describe."""
-    return toy_values() if likelihood in ("normal", "bernoulli") else toy_counts()
+def totals(adata: AnnData) -> np.ndarray:
+    """Counts of each cell, (n, 1)."""
+    return np.asarray(adata.X.sum(1)).reshape(-1, 1)

@@ -1,4 +1,4 @@
-"""What every test file shares: no display, few threads, the folder of real data."""
+"""What every test file shares: no display, one thread, the folder of real data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 # Set before matplotlib and torch are first imported; the processes that tests start inherit both.
 os.environ["MPLBACKEND"] = "Agg"
-if os.environ.get("CI"):
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The tests' matrices are too small for threads, and threads that wait for each other on a busy machine cost tenfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -289,22 +289,24 @@ def test_failure_while_writing_leaves_the_old_file(folder, saved, capsys, monkey
     assert names(folder) == {"cells.h5ad", "o.h5ad"}
 
 
-def test_interrupted_training_writes_nothing_and_goes_on(folder, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("training", [True, False])
+def test_interrupted_training_writes_nothing_and_goes_on(folder, capsys, monkeypatch, number, code, training):
     loss, calls = sccvae.module.CVAE.loss, []
 
-    def press_ctrl_c(self, *args, **kwargs):
+    def interrupt(self, *args, **kwargs):
         calls.append(self.training)
-        if calls.count(True) == 4:  # in the second epoch of two steps
-            signal.raise_signal(signal.SIGINT)
+        if calls[-1] == training and calls.count(True) == 4:  # two steps in an epoch: at the end of the second
+            signal.raise_signal(number)
         return loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(sccvae.module.CVAE, "loss", press_ctrl_c)
-    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sccvae.module.CVAE, "loss", interrupt)
+    handler = signal.getsignal(number)
     arguments = ["train", "cells.h5ad", "--out", "m", *COUNTS, "--max-epochs", "3", "--checkpoint-dir", "state"]
-    assert main(arguments) == 130
+    assert main(arguments) == code
     assert "sccvae: interrupted; no output written; run it again to go on from state\n" in capsys.readouterr().err
     assert names(folder) == {"cells.h5ad", "state"}
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     monkeypatch.undo()
     os.chdir(folder)
     assert main(arguments) == 0
@@ -341,8 +343,7 @@ def test_demo_table_of_perfect_correction():
         before, after, truth = map(float, lines[name])
         assert after == truth == 1
         assert 0.5 < before < 0.99
-    before, after, truth = map(float, lines["genes, cells against their type"])
-    assert after == truth > before
+    assert len(set(lines["genes, cells against their type"][1:])) == 1
     before, after, truth = map(float, lines["batches mixed (1: as at random)"])
     assert before == after < truth
     assert truth == pytest.approx(1, abs=0.05)

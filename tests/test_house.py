@@ -40,6 +40,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "pl": (set(), {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
     "tl": ({"metrics", "model"}, {"anndata", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm"}),
     "cli": (
+        {"_demo", "datasets", "metrics", "model", "pl", "tl"},
+        {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},
+    ),
+    "_demo": (
         {"datasets", "metrics", "model", "pl", "tl"},
         {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},
     ),

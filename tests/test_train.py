@@ -1,97 +1,34 @@
-"""Training of bare modules: repeatability, schedules, early stopping, interruption, resuming."""
+"""Training of bare modules: history, repeatability, schedules, early stopping, failures, Lightning's tools."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import random
-import signal
 
 import numpy as np
 import pytest
 import torch
+from _training import (
+    TRAIN,
+    VALIDATION,
+    N,
+    Raise,
+    Scramble,
+    a_vae,
+    an_ae,
+    same,
+    same_history,
+    square_error,
+    state,
+    train,
+)
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from sccvae.data import Cells, CellStore
-from sccvae.distributions import Bernoulli
-from sccvae.module import AE, VAE, Batch
-from sccvae.train import CellsBar, Schedule, default_max_epochs, fit
-from sccvae.train.checkpoint import FILE_NAME
-
-N, G = 40, 6
-TRAIN, VALIDATION = np.arange(30), np.arange(30, N)
-
-
-def a_store(n=N, unit=False):
-    rng = np.random.default_rng(0)
-    x = rng.poisson(rng.gamma(1.0, 3.0, size=(n, G))).astype(np.float32)
-    x = x / x.max() if unit else x
-    empty = np.zeros((n, 0), np.float32)
-    return CellStore(Cells(x, empty.astype(np.int64), empty, x.sum(1, keepdims=True) + 1))
-
-
-def a_vae(**options):
-    torch.manual_seed(7)
-    return VAE(G, **({"n_latent": 2, "n_hidden": 4} | options))
-
-
-def an_ae(**options):
-    torch.manual_seed(7)
-    return AE(G, n_latent=2, n_hidden=4, **options)
-
-
-def train(module, train_rows=TRAIN, validation_rows=VALIDATION, store=None, **options):
-    settings = {"max_epochs": 4, "batch_size": 8, "accelerator": "cpu", "progress_bar": False}
-    return fit(module, store or a_store(), train_rows, validation_rows, **(settings | options))
-
-
-def state(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def same_history(a, b):
-    return a.keys() == b.keys() and all(a[k].equals(b[k]) for k in a)
-
-
-def square_error(module, rows=VALIDATION):
-    with torch.no_grad():
-        x = torch.from_numpy(a_store().cells.x[rows])
-        return float(module.loss(Batch.of(x))[1]["elbo"])
-
-
-class Raise(Callback):
-    """Raise an error at a hook once it was called ``after`` times."""
-
-    def __init__(self, error, hook="on_train_epoch_end", after=2):
-        self.error, self.left = error, after
-        setattr(self, hook, self._count)
-
-    def _count(self, *args, **kwargs):
-        self.left -= 1
-        if self.left == 0:
-            raise self.error
-
-
-class Scramble(Callback):
-    """Spoil the weights from an epoch on."""
-
-    def __init__(self, first):
-        self.first = first
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if len(pl_module.rows) >= self.first:
-            with torch.no_grad():
-                for p in pl_module.module.parameters():
-                    p.add_(torch.randn(p.shape))
-
+from sccvae.train import CellsBar, Schedule, default_max_epochs
 
 # History
 
@@ -313,209 +250,6 @@ def test_mini_batches_of_one_cell(batch_size):
 def test_a_single_validation_cell_works():
     result = train(an_ae(), validation_rows=VALIDATION[:1])
     assert np.isfinite(result.history["loss_validation"]["loss_validation"]).all()
-
-
-# Ctrl-C
-
-
-class InterruptedLoss:
-    """A module's loss that is hit by Ctrl-C at a step of training."""
-
-    def __init__(self, module, step):
-        self.inner, self.module, self.left = module.loss, module, step
-
-    def __call__(self, batch, kl_weight=1.0):
-        if self.module.training:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self.inner(batch, kl_weight)
-
-
-def test_interruption_inside_training_ends_gracefully(caplog):
-    ae = an_ae()
-    ae.loss = InterruptedLoss(ae, step=10)  # four steps an epoch
-    with caplog.at_level(logging.WARNING, logger="sccvae"):
-        result = train(ae)
-    assert result.interrupted
-    assert "interrupted in epoch 3" in caplog.text
-    assert len(result.history["loss_train"]) == 2
-    assert not ae.training
-    assert all(torch.isfinite(v).all() for v in ae.state_dict().values())
-    assert train(an_ae()).interrupted is False  # the next training is as ever
-
-
-@pytest.mark.parametrize(
-    "hook", ["on_train_epoch_end", "on_validation_batch_end", "on_train_batch_end", "on_fit_start"]
-)
-def test_interruption_anywhere_else_ends_gracefully_too(hook):
-    """Lightning would call sys.exit: a session or a script would be lost."""
-    ae = an_ae()
-    result = train(ae, callbacks=[Raise(KeyboardInterrupt(), hook, after=1 if hook == "on_fit_start" else 2)])
-    assert result.interrupted
-    assert not ae.training
-    assert len(result.history.get("loss_train", [])) <= 2
-
-
-def test_a_real_ctrl_c():
-    class Press(Callback):
-        def on_train_batch_end(self, *args):
-            signal.raise_signal(signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT)
-    assert train(an_ae(), callbacks=[Press()]).interrupted
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_an_exit_that_is_no_ctrl_c_goes_through():
-    with pytest.raises(SystemExit):
-        train(an_ae(), callbacks=[Raise(SystemExit(3))])
-
-
-# Resuming
-
-
-STOPS = {
-    "error": lambda: {"callbacks": [Raise(RuntimeError("power cut"))]},
-    "error in validation": lambda: {"callbacks": [Raise(RuntimeError("power cut"), "on_validation_epoch_end", 3)]},
-    "error inside an epoch": lambda: {"callbacks": [Raise(RuntimeError("power cut"), "on_train_batch_end", 3)]},
-    "ctrl-c": lambda: {"callbacks": [Raise(KeyboardInterrupt())]},
-}
-
-
-@pytest.mark.parametrize("stop", STOPS)
-def test_a_resumed_training_equals_an_uninterrupted_one(stop, tmp_path):
-    options = {"max_epochs": 6, "weight_decay": 0.1}
-    whole = a_vae(dropout=0.1)
-    wanted = train(whole, **options)
-    first = a_vae(dropout=0.1)
-    try:
-        assert train(first, checkpoint_dir=tmp_path, **options, **STOPS[stop]()).interrupted
-    except RuntimeError as error:
-        assert str(error) == "power cut"  # noqa: PT017
-    assert [f.name for f in tmp_path.iterdir()] == [FILE_NAME]
-    torch.manual_seed(1234)  # neither the global state nor the initial weights matter
-    second = VAE(G, n_latent=2, n_hidden=4, dropout=0.1)
-    result = train(second, checkpoint_dir=tmp_path, **options)
-    assert same(state(second), state(whole))
-    assert same_history(result.history, wanted.history)
-
-
-def test_resuming_after_ctrl_c_in_the_middle_of_an_epoch(tmp_path):
-    whole = a_vae()
-    wanted = train(whole)
-    first = a_vae()
-    first.loss = InterruptedLoss(first, step=10)
-    assert train(first, checkpoint_dir=tmp_path).interrupted
-    second = a_vae()
-    result = train(second, checkpoint_dir=tmp_path)
-    assert same(state(second), state(whole))
-    assert same_history(result.history, wanted.history)
-
-
-def test_a_training_stopped_twice(tmp_path):
-    options = {"max_epochs": 6, "store": a_store(unit=True)}
-
-    def model():
-        return a_vae(likelihood=Bernoulli(resample=True))
-
-    whole = model()
-    wanted = train(whole, **options)
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            train(model(), checkpoint_dir=tmp_path, callbacks=[Raise(RuntimeError())], **options)
-    last = model()
-    result = train(last, checkpoint_dir=tmp_path, **options)
-    assert same_history(result.history, wanted.history)
-    assert same(state(last), state(whole))
-
-
-def test_resuming_keeps_the_best_weights_and_the_patience(tmp_path):
-    """The best epoch comes before the stop, and the epochs waited since are not forgotten."""
-    options = {"max_epochs": 30, "patience": 4, "kl_warmup": 0.0, "lr": 0.03}
-    whole = an_ae()
-    wanted = train(whole, callbacks=[Scramble(2)], **options)
-    assert wanted.history["elbo_validation"]["elbo_validation"].idxmin() == 1
-    assert len(wanted.history["lr"]) == 6
-    first = an_ae()
-    with pytest.raises(RuntimeError):
-        train(first, checkpoint_dir=tmp_path, callbacks=[Scramble(2), Raise(RuntimeError(), after=5)], **options)
-    second = an_ae()
-    result = train(second, checkpoint_dir=tmp_path, callbacks=[Scramble(2)], **options)
-    assert same_history(result.history, wanted.history)
-    assert same(state(second), state(whole))
-
-
-def test_a_finished_training_is_read_and_not_repeated(tmp_path):
-    options = {"max_epochs": 8, "callbacks": [Scramble(3)], "checkpoint_dir": tmp_path}
-    first = an_ae()
-    wanted = train(first, **options)
-    again = an_ae()
-    result = train(again, **(options | {"callbacks": [Raise(AssertionError("trained again"), "on_train_start", 1)]}))
-    assert same_history(result.history, wanted.history)
-    assert same(state(again), state(first))  # the best weights, not the last
-    assert not again.training
-
-
-def test_an_early_stopped_training_is_finished(tmp_path):
-    options = {"max_epochs": 50, "patience": 1, "kl_warmup": 0.0, "checkpoint_dir": tmp_path}
-    first = an_ae()
-    wanted = train(first, callbacks=[Scramble(2)], **options)
-    assert len(wanted.history["lr"]) < 50
-    again = an_ae()
-    result = train(again, **options)
-    assert same_history(result.history, wanted.history)
-    assert same(state(again), state(first))
-
-
-@pytest.mark.parametrize("change", [{"lr": 0.5}, {"max_epochs": 9}, {"batch_size": 5}, {"seed": 1}, {"kl_weight": 2.0}])
-def test_resuming_with_other_settings_is_refused(change, tmp_path):
-    train(an_ae(), checkpoint_dir=tmp_path)
-    name = next(iter(change))
-    ae = an_ae()
-    before = state(ae)
-    with pytest.raises(
-        ValueError, match=rf"training with other settings .*'{name}'.*same settings.*another checkpoint_dir"
-    ):
-        train(ae, checkpoint_dir=tmp_path, **change)
-    assert same(state(ae), before)
-
-
-def test_resuming_with_another_number_of_cells_is_refused(tmp_path):
-    train(an_ae(), checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"other settings .*'n_train': \(30, 29\)"):
-        train(an_ae(), TRAIN[:29], checkpoint_dir=tmp_path)
-
-
-@pytest.mark.parametrize("other", [lambda: AE(G, n_latent=3, n_hidden=4), lambda: a_vae()])
-def test_resuming_another_model_is_refused(other, tmp_path):
-    train(an_ae(), checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"training\.safetensors holds a training with other settings .*n_weights"):
-        train(other(), checkpoint_dir=tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80\x04not a tensor file", b"cos\nsystem\n(S'touch pwned'\ntR."])
-def test_a_damaged_checkpoint_is_refused(content, tmp_path):
-    (tmp_path / FILE_NAME).write_bytes(content)
-    with pytest.raises(ValueError, match=r"training\.safetensors is damaged.*another checkpoint_dir"):
-        train(an_ae(), checkpoint_dir=tmp_path)
-
-
-def test_the_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    from sccvae.train import checkpoint
-
-    with pytest.raises(RuntimeError):
-        train(an_ae(), checkpoint_dir=tmp_path, callbacks=[Raise(RuntimeError())])
-    before = (tmp_path / FILE_NAME).read_bytes()
-
-    def broken(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(checkpoint, "save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
-        train(an_ae(), checkpoint_dir=tmp_path)
-    assert (tmp_path / FILE_NAME).read_bytes() == before
 
 
 # Lightning's own tools

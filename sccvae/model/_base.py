@@ -66,7 +66,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
 
     def __init__(self, adata: AnnData | None, registry: dict | None, seed: int, settings: dict[str, Any]) -> None:
         super().__init__(adata, registry)
-        self.seed = seed
+        self.seed = int(seed)
         self.settings = settings
         self.schema = Schema.from_registry(self.registry_)
         with seeded(seed):
@@ -254,6 +254,10 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             self.reference["image_shape"] = [int(n) for n in self.adata.uns["image_shape"]]
         mean = np.asarray(cells.x.mean(0), dtype=np.float32).reshape(-1)
         if self.module.likelihood.support == "counts":
+            if not mean.any():
+                where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
+                msg = f"{where} holds no counts at all; there is nothing to learn. Is it the right layer?"
+                raise ValueError(msg)
             mean = mean / mean.sum()
         self.module.likelihood.initialise(torch.from_numpy(mean))
         if hasattr(self.module, "conditions"):
@@ -263,8 +267,32 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         n = (self.adata if adata is None else adata).n_obs
         if indices is None:
             return np.arange(n)
-        indices = np.asarray(indices)
-        return np.flatnonzero(indices) if indices.dtype == bool else indices.astype(np.int64)
+        rows = np.asarray(indices)
+        if rows.dtype == bool:
+            if len(rows) != n:
+                msg = f"indices is a mask of {len(rows)} values, but there are {n} cells."
+                raise ValueError(msg)
+            rows = np.flatnonzero(rows)
+        if not len(rows):
+            msg = "indices selects no cell."
+            raise ValueError(msg)
+        return rows.astype(np.int64)
+
+    def _batch_code(self, batch: Any) -> int:
+        """Code of a category of ``batch_key`` that the model was trained with.
+
+        Raises
+        ------
+        ValueError
+            If the category is not known, or no cell had it.
+        """
+        code = self.schema.code(self.schema.batch_key, batch)
+        if all(codes[0] != code for codes in self.reference["codes"]):
+            msg = (
+                f"No cell of the training data has obs[{self.schema.batch_key!r}] == {batch!r}, so it was not learned."
+            )
+            raise ValueError(msg)
+        return code
 
     def _stream(
         self, adata: AnnData | None, indices: Sequence[int] | None = None, batch_size: int | None = None
@@ -272,12 +300,11 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         """Mini-batches of cells, in order, on the module's device."""
         self._check_if_trained(warn=True)
         store = self._store(adata)
-        device = next(self.module.parameters()).device
         loader = ChunkLoader(store, self._rows(adata, indices), batch_size or INFERENCE_BATCH)
         self.module.eval()
         for chunk in loader:
             for tensors in chunk:
-                yield Batch(**{name: t.to(device) for name, t in tensors.items()})
+                yield Batch(**{name: t.to(self.module.device) for name, t in tensors.items()})
 
 
 @contextmanager
@@ -299,6 +326,12 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     """The module's settings among the ``locals()`` of a model's ``__init__``, as plain JSON values."""
     from sccvae.distributions import Likelihood
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, Likelihood):
+            value = value.config
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value.item() if isinstance(value, np.generic) else value
+
     left_out = {"self", "adata", "registry", "seed", "__class__"}
-    settings = {k: v for k, v in arguments.items() if k not in left_out}
-    return {k: v.config if isinstance(v, Likelihood) else v for k, v in settings.items()}
+    return {k: plain(v) for k, v in arguments.items() if k not in left_out}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -58,7 +59,7 @@ class CorrectionMixin:
         Raises
         ------
         ValueError
-            If a gene or batch is not known, or the model cannot change the batch.
+            If a gene or batch is not known, the model cannot change the batch, or a number is not positive.
         """
         schema = self.schema
         columns = np.arange(len(schema.var_names))
@@ -68,6 +69,12 @@ class CorrectionMixin:
                 unknown = [g for g, i in zip(gene_list, columns, strict=True) if i < 0]
                 msg = f"The model has no genes {unknown[:5]}{' ...' if len(unknown) > 5 else ''}; see adata.var_names."
                 raise ValueError(msg)
+        if library_size != "latent" and not (isinstance(library_size, Real) and library_size > 0):
+            msg = f"library_size={library_size!r} must be a positive number or 'latent'."
+            raise ValueError(msg)
+        if n_samples < 1:
+            msg = f"n_samples={n_samples} must be at least 1."
+            raise ValueError(msg)
         codes = self._target_codes(transform_batch)
         counts = self.module.likelihood.support == "counts"
         if not counts and library_size != 1:
@@ -108,7 +115,10 @@ class CorrectionMixin:
             )
             raise ValueError(msg)
         several = isinstance(transform_batch, (list, tuple, np.ndarray, pd.Index))
-        return [self.schema.code(self.schema.batch_key, b) for b in (transform_batch if several else [transform_batch])]
+        if several and not len(transform_batch):
+            msg = "transform_batch is empty; name a batch, several, or None for each cell's own."
+            raise ValueError(msg)
+        return [self._batch_code(b) for b in (transform_batch if several else [transform_batch])]
 
     @property
     def _decoder_sees_conditions(self) -> bool:

@@ -41,8 +41,11 @@ class SamplingMixin:
         Raises
         ------
         ValueError
-            If the batch is not known.
+            If the batch is not known, or ``n`` is not positive.
         """
+        if n < 1:
+            msg = f"n={n} must be at least 1."
+            raise ValueError(msg)
         rng = np.random.default_rng(seed)
         frequencies = np.asarray(self.reference["frequencies"])
         codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(len(frequencies), -1)
@@ -50,7 +53,7 @@ class SamplingMixin:
             if self.schema.batch_key is None:
                 msg = f"batch={batch!r}: the model was set up without batch_key."
                 raise ValueError(msg)
-            keep = codes[:, 0] == self.schema.code(self.schema.batch_key, batch)
+            keep = codes[:, 0] == self._batch_code(batch)
             codes, frequencies = codes[keep], frequencies[keep] / frequencies[keep].sum()
         codes = codes[rng.choice(len(codes), n, p=frequencies)]
         quantiles = self.reference["library_quantiles"]
@@ -62,7 +65,7 @@ class SamplingMixin:
     ) -> AnnData:
         """Cells with these codes (n, n_keys) and library sizes (n, 1); ``center`` puts z at the mean of its prior."""
         module, schema = self.module.eval(), self.schema
-        device = next(module.parameters()).device
+        device = module.device
         parts, latents = [], []
         counts = module.likelihood.support == "counts"
         with evaluating(seed):

@@ -20,6 +20,7 @@ from sccvae.data import read_cells
 
 JSON_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 FORMAT = 1
+KEYS = {"class", "settings", "seed", "trained", "registry", "reference", "history", "splits"}
 
 
 class SavingMixin:
@@ -39,8 +40,13 @@ class SavingMixin:
         ------
         FileExistsError
             If the folder is there and ``overwrite`` is false, or it holds something else than a model.
+        FileNotFoundError
+            If its parent is missing.
         """
         folder = Path(folder)
+        if not folder.parent.is_dir():
+            msg = f"{folder} cannot be made, since there is no folder {folder.parent}; make that first."
+            raise FileNotFoundError(msg)
         if folder.exists():
             if not overwrite:
                 msg = f"{folder} exists; pass overwrite=True to replace the model in it."
@@ -67,14 +73,19 @@ class SavingMixin:
                 {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()},
                 temporary / WEIGHTS_FILE,
             )
+            # Both are made private to the user; a saved model is as readable as any other file.
+            (temporary / WEIGHTS_FILE).chmod((temporary / JSON_FILE).stat().st_mode)
             temporary.chmod(0o755)
+            old = temporary.with_name(temporary.name + "-old")
             if folder.exists():
-                old = temporary.with_name(temporary.name + "-old")
                 os.replace(folder, old)
+            try:
                 os.replace(temporary, folder)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, folder)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -185,6 +196,10 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{folder} is in format {found!r} (sccvae {content.get('sccvae_version')}); this sccvae {__version__} "
             f"reads format {FORMAT}."
         )
+        raise ValueError(msg)
+    lacking = sorted(KEYS - content.keys())
+    if lacking:
+        msg = f"{folder / JSON_FILE} is damaged: it lacks {lacking}."
         raise ValueError(msg)
     return content
 

@@ -60,6 +60,11 @@ class GenerativeModule(nn.Module, ABC):
 
     factors: Factorization
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     @abstractmethod
     def inference(self, batch: Batch) -> dict[str, Normal | Tensor]:
         """Give q of each latent variable: a normal over (n, d), or the value itself (n, d) if deterministic."""
@@ -151,6 +156,9 @@ class LatentVariableModule(GenerativeModule, ABC):
 
     def marginal_ll(self, batch: Batch, n_samples: int, chunk: int) -> Tensor:
         """Importance-weighted bound of log p(x|c), (n,) in nats, with at most ``chunk`` draws in memory at a time."""
+        if n_samples < 1:
+            msg = f"The bound needs at least one draw of z, not {n_samples}."
+            raise ValueError(msg)
         total = batch.x.new_full((len(batch.x),), -math.inf)
         for start in range(0, n_samples, chunk):
             log_w = self.log_weights(batch, min(chunk, n_samples - start))

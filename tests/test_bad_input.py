@@ -1,0 +1,466 @@
+"""Input that cannot work raises an error that says what, where and what to do; input that can, works."""
+
+from __future__ import annotations
+
+import warnings
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from _models import FAST, TINY
+from _toys import toy_counts, toy_values
+from scipy import sparse
+
+from sccvae.model import AE, CVAE, VAE
+
+N = 48
+
+
+@pytest.fixture
+def adata():
+    return toy_counts()
+
+
+def make(adata, cls=CVAE, train=True, setup=None, **options):
+    cls.setup_anndata(adata, **({"batch_key": "batch"} if setup is None else setup))
+    model = cls(adata, **(TINY | options))
+    if train:
+        model.train(**FAST)
+    return model
+
+
+def works(model):
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert np.isfinite(model.get_normalized_expression(return_numpy=True)).all()
+    assert np.isfinite(model.get_reconstruction_error())
+
+
+# Values
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "nb", "zinb"])
+@pytest.mark.parametrize("make_matrix", [sparse.csr_matrix, np.array])
+def test_negative_values_with_a_count_likelihood(adata, likelihood, make_matrix):
+    x = adata.X.toarray()
+    x[3, 4] = -2
+    adata.X = make_matrix(x)
+    with pytest.raises(ValueError, match=r"adata.X holds negative values \(smallest -2\).*likelihood='normal'"):
+        make(adata, likelihood=likelihood)
+
+
+def test_fractional_values_with_a_count_likelihood(adata):
+    adata.layers["log"] = np.log1p(adata.X)
+    setup = {"batch_key": "batch", "layer": "log"}
+    with pytest.raises(
+        ValueError, match=r"adata.layers\['log'\] holds values that are not whole numbers.*layer='counts'"
+    ):
+        make(adata, setup=setup)
+    works(make(adata, setup=setup, likelihood="normal"))
+
+
+def test_pixels_outside_of_the_unit_interval():
+    adata = toy_values()
+    adata.X = adata.X * 255
+    with pytest.raises(ValueError, match=r"needs \[0, 1\]. Divide images by their largest value"):
+        make(adata, likelihood="bernoulli")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("cls", [AE, VAE, CVAE])
+def test_nan_and_infinite_values(adata, bad, cls):
+    adata.X.data[0] = bad
+    with pytest.raises(
+        ValueError, match=r"adata.X holds NaN or infinite values in 1 cells \(first: row 0\); remove or replace"
+    ):
+        make(adata, cls, setup={"batch_key": "batch"})
+
+
+def test_bad_values_in_new_data(adata):
+    model = make(adata)
+    other = adata.copy()
+    other.X.data[:] = 0.5
+    with pytest.raises(ValueError, match=r"not whole numbers, such as 0\.5"):
+        model.get_latent_representation(other)
+    other.X.data[:] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinite values in 48 cells"):
+        model.get_elbo(other)
+
+
+def test_empty_cells_warn_and_work(adata):
+    x = adata.X.toarray()
+    x[[2, 9]] = 0
+    adata.X = sparse.csr_matrix(x)
+    message = r"2 of 48 cells have no counts at all in adata.X.*scanpy.pp.filter_cells"
+    with pytest.warns(UserWarning, match=message):
+        model = make(adata, train=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message, UserWarning)
+        model.train(**FAST)
+        works(model)
+
+
+def test_no_counts_at_all(adata):
+    adata.X = sparse.csr_matrix(adata.shape, dtype=np.float32)
+    with (
+        pytest.raises(ValueError, match=r"adata.X holds no counts at all"),
+        pytest.warns(UserWarning, match="48 of 48"),
+    ):
+        make(adata)
+
+
+@pytest.mark.parametrize("value", [0, 3])
+def test_genes_of_zero_variance(adata, value):
+    x = adata.X.toarray()
+    x[:, 5] = value
+    adata.X = sparse.csr_matrix(x)
+    works(make(adata))
+    values = toy_values()
+    values.X[:, 5] = value
+    model = make(values, likelihood="normal")
+    works(model)
+    assert model.module.likelihood.sigma().min() >= 0.009
+
+
+@pytest.mark.parametrize("make_matrix", [np.array, sparse.csr_matrix])
+def test_one_gene(make_matrix):
+    adata = toy_counts(n_genes=1)
+    adata.X = make_matrix(adata.X.toarray())
+    works(make(adata))
+
+
+def test_strings_in_x():
+    for dtype in ("U3", object):
+        adata = toy_counts(5, 3)
+        adata.X = np.full((5, 3), "a12", dtype=dtype)
+        with pytest.raises(TypeError, match=r"adata.X has values of type .*; the model needs numbers"):
+            make(adata, VAE, setup={})
+
+
+def test_x_is_none(adata):
+    counts = adata.X
+    empty = ad.AnnData(obs=adata.obs, var=adata.var, layers={"counts": counts})
+    with pytest.raises(ValueError, match=r"adata.X is None; pass layer= with one of \['counts'\]"):
+        make(empty)
+    works(make(empty, setup={"layer": "counts", "batch_key": "batch"}))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty_adata(shape):
+    with pytest.raises(ValueError, match=f"adata has {shape[0]} cells and {shape[1]} genes; there is nothing to model"):
+        make(ad.AnnData(np.zeros(shape, np.float32)), VAE, setup={})
+
+
+# Genes
+
+
+def test_duplicate_genes(adata):
+    adata.var_names = ["gene0", "gene0", *adata.var_names[2:]]
+    with pytest.raises(ValueError, match=r"var_names are not unique \('gene0' stands twice\).*var_names_make_unique"):
+        make(adata)
+
+
+def test_genes_missing_in_new_data(adata):
+    model = make(adata)
+    with pytest.raises(
+        ValueError, match=r"1 of the model's 12 genes are missing from adata.var_names, such as \['gene4'\]"
+    ):
+        model.get_latent_representation(adata[:, adata.var_names != "gene4"].copy())
+
+
+def test_genes_reordered_in_new_data(adata):
+    model = make(adata)
+    assert (model.get_latent_representation(adata[:, ::-1]) == model.get_latent_representation()).all()
+
+
+# Batches and covariates
+
+
+def test_one_batch_only_warns_and_works(adata):
+    adata.obs["batch"] = "only"
+    with pytest.warns(UserWarning, match=r"obs\['batch'\] has a single category: .*acts as a VAE"):
+        model = make(adata, train=False)
+    model.train(**FAST)
+    works(model)
+
+
+def test_a_batch_of_one_cell_works(adata):
+    adata.obs["batch"] = ["single"] + ["many"] * (N - 1)
+    with pytest.warns(UserWarning, match="fewer than 3 cells"):  # scvi-tools' own
+        model = make(adata, train=False)
+    model.train(**FAST)
+    works(model)
+    assert np.isfinite(model.get_normalized_expression(transform_batch="single", return_numpy=True)).all()
+    assert list(model.sample(3, batch="single").obs["batch"]) == ["single"] * 3
+
+
+def test_more_batches_than_cells_in_a_mini_batch(adata):
+    adata.obs["batch"] = [f"b{i // 3}" for i in range(N)]
+    works(make(adata))
+
+
+def test_an_unused_category(adata):
+    adata.obs["batch"] = pd.Categorical(adata.obs["batch"], categories=["a", "b", "never"])
+    model = make(adata)
+    works(model)
+    assert "never" not in set(model.sample(50).obs["batch"])
+    with pytest.raises(ValueError, match="never"):
+        model.sample(3, batch="never")
+    with pytest.raises(ValueError, match="never"):
+        model.get_normalized_expression(transform_batch="never")
+
+
+@pytest.mark.parametrize("key", ["batch_key", "categorical_covariate_keys"])
+def test_an_unseen_category(adata, key):
+    model = make(adata, setup={key: "batch" if key == "batch_key" else ["batch"]})
+    other = adata.copy()
+    other.obs["batch"] = ["new"] * 5 + ["a"] * (N - 5)
+    with pytest.raises(
+        ValueError,
+        match=r"obs\['batch'\] is \['new'\] in 5 cells.*it knows \['a', 'b'\]. Leave these cells out, map them",
+    ):
+        model.get_latent_representation(other)
+    works(model)
+
+
+@pytest.mark.parametrize(
+    "setup", [{"batch_key": "k"}, {"categorical_covariate_keys": ["k"]}, {"labels_key": "k", "batch_key": "batch"}]
+)
+@pytest.mark.parametrize("categorical", [True, False])
+def test_nan_in_a_category(adata, setup, categorical):
+    values = np.array(["x", "y"] * 24, dtype=object)
+    values[[1, 7, 8]] = np.nan
+    adata.obs["k"] = pd.Categorical(values) if categorical else values
+    with pytest.raises(ValueError, match=r"obs\['k'\] is missing \(NaN\) for 3 of 48 cells.*fillna\('unknown'\)"):
+        make(adata, setup=setup)
+    assert not any(c.startswith("_scvi") for c in adata.obs)  # nothing was written before the check
+    adata.obs["k"] = adata.obs["k"].astype(object).fillna("unknown")  # what the message says
+    works(make(adata, setup=setup))
+
+
+def test_nan_in_a_category_of_new_data(adata):
+    model = make(adata)
+    other = adata.copy()
+    other.obs["batch"] = pd.Categorical(["a"] * (N - 1) + [None], categories=["a", "b"])
+    with pytest.raises(ValueError, match=r"obs\['batch'\] is missing \(NaN\) in 1 cells"):
+        model.get_latent_representation(other)
+
+
+def test_no_condition_at_all(adata):
+    with pytest.raises(
+        ValueError, match=r"A CVAE needs a condition: call CVAE.setup_anndata with batch_key=.*or use a VAE"
+    ):
+        make(adata, setup={"labels_key": "donor"})
+
+
+@pytest.mark.parametrize("name", ["categorical_covariate_keys", "continuous_covariate_keys"])
+def test_keys_given_as_one_string(adata, name):
+    with pytest.raises(TypeError, match=rf"{name} must be a list; write {name}=\['dose'\]"):
+        make(adata, setup={name: "dose"})
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {"batch_key": "no"},
+        {"labels_key": "no"},
+        {"size_factor_key": "no"},
+        {"categorical_covariate_keys": ["no"]},
+        {"continuous_covariate_keys": ["no"]},
+    ],
+)
+def test_a_column_that_is_not_there(adata, setup):
+    with pytest.raises(KeyError, match=r"There is no adata.obs\['no'\]; the columns are .*'batch'"):
+        make(adata, setup=setup)
+
+
+def test_a_layer_that_is_not_there(adata):
+    adata.layers["counts"] = adata.X
+    with pytest.raises(
+        KeyError, match=r"There is no adata.layers\['raw'\]; the layers are \['counts'\]. Use layer=None"
+    ):
+        make(adata, setup={"layer": "raw"})
+
+
+def test_a_covariate_that_is_not_numeric(adata):
+    adata.obs["stage"] = ["early", "late"] * 24
+    with pytest.raises(
+        ValueError,
+        match=r"obs\['stage'\] must hold finite numbers; 48 of 48 cells do not \(first: early in cell 'cell0'",
+    ):
+        make(adata, setup={"continuous_covariate_keys": ["stage"]})
+
+
+def test_nan_in_a_covariate(adata):
+    adata.obs.loc["cell3", "dose"] = np.nan
+    with pytest.raises(
+        ValueError, match=r"obs\['dose'\] must hold finite numbers; 1 of 48 cells do not \(first: nan in cell 'cell3'"
+    ):
+        make(adata, setup={"continuous_covariate_keys": ["dose"]})
+
+
+@pytest.mark.parametrize("kind", [int, bool, "category", str])
+def test_covariates_of_other_types(adata, kind):
+    adata.obs["n"] = pd.Series(np.arange(N) % 2, index=adata.obs_names).astype(kind)
+    works(make(adata, setup={"continuous_covariate_keys": ["n"]}))
+
+
+def test_a_constant_covariate(adata):
+    adata.obs["dose"] = 0.1
+    model = make(adata, setup={"batch_key": "batch", "continuous_covariate_keys": ["dose"]})
+    works(model)
+    other = adata.copy()
+    other.obs["dose"] = 0.2
+    np.testing.assert_allclose(model.get_latent_representation(other), model.get_latent_representation(), atol=0.5)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_size_factors_must_be_positive(adata, value):
+    adata.obs.loc["cell5", "size"] = value
+    with pytest.raises(ValueError, match=r"obs\['size'\] must hold positive finite numbers; 1 of 48 .*in cell 'cell5'"):
+        make(adata, setup={"batch_key": "batch", "size_factor_key": "size"})
+
+
+# The AnnData itself
+
+
+def test_a_view_at_setup(adata):
+    with pytest.raises(ValueError, match=r"adata is a view of another AnnData; run `adata = adata.copy\(\)` first"):
+        make(adata[:40])
+    works(make(adata[:40].copy()))
+
+
+def test_something_else_than_anndata(adata):
+    with pytest.raises(TypeError, match="adata must be an AnnData object, not ndarray"):
+        VAE.setup_anndata(adata.X.toarray())
+
+
+def test_no_setup(adata):
+    with pytest.raises(ValueError, match=r"setup_anndata"):
+        VAE(adata)
+    make(adata, train=False)
+    with pytest.raises(ValueError, match=r"VAE.setup_anndata"):  # set up for a CVAE
+        VAE(adata)
+
+
+def test_no_data_at_all():
+    with pytest.raises(ValueError, match="adata"):
+        VAE()
+
+
+def test_data_changed_after_setup(adata):
+    model = make(adata)
+    adata.X = adata.X * 0.5
+    with pytest.raises(ValueError, match="not whole numbers"):
+        model.get_latent_representation()
+
+
+# Options
+
+
+def test_batch_size_of_zero(adata):
+    model = make(adata)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        model.train(**(FAST | {"batch_size": 0}))
+    with pytest.raises(ValueError, match="batch_size=-2 must be at least 1"):
+        model.get_latent_representation(batch_size=-2)
+
+
+@pytest.mark.parametrize("size", [0, -0.5, 1.5])
+def test_train_size_out_of_range(adata, size):
+    model = make(adata, train=False)
+    with pytest.raises(ValueError, match=rf"train_size={size} .* train_size must be in \(0, 1\]"):
+        model.train(train_size=size, **FAST)
+    assert not model.is_trained
+
+
+def test_a_single_training_cell(adata):
+    model = make(adata, train=False)
+    with pytest.raises(ValueError, match=r"Training needs at least 2 cells, there are 1 of 48; raise train_size"):
+        model.train(train_size=0.01, **FAST)
+    with pytest.raises(ValueError, match="Training needs at least 2 cells"):
+        make(toy_counts(1), VAE, setup={})
+
+
+def test_a_last_mini_batch_of_one_cell(adata):
+    model = make(adata, train=False)
+    model.train(train_size=33 / 48, **FAST)  # 33 = 2 * 16 + 1
+    assert len(model.train_indices) == 33
+    works(model)
+
+
+def test_two_cells():
+    with pytest.warns(UserWarning, match="fewer than 3 cells"):  # scvi-tools' own
+        model = make(toy_counts(2), train=False)
+    model.train(**FAST)
+    works(model)
+
+
+@pytest.mark.parametrize("cls", [AE, VAE, CVAE])
+def test_sizes_of_zero(cls):
+    adata = toy_counts()
+    with pytest.raises(ValueError, match="n_latent=0 must be at least 1"):
+        make(adata, cls, n_latent=0)
+    with pytest.raises(ValueError, match="n_hidden=0 must be at least 1"):
+        make(adata, cls, n_hidden=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"likelihood": "gauss"}, "No likelihood is called 'gauss'; choose one of"),
+        ({"prior": "flat"}, "prior='flat' is not known; choose 'fixed'"),
+        ({"activation": "swish"}, "activation='swish' is not known; choose one of"),
+        ({"norm": "group"}, "norm='group' is not known; choose 'batch', 'layer' or None"),
+        ({"kl": "exact"}, "kl='exact'.*choose kl='analytic' or 'monte_carlo'"),
+        ({"n_layers": 0}, "conditions.*n_layers"),
+    ],
+)
+def test_unknown_options(adata, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(adata, **options)
+
+
+def test_unknown_noise():
+    with pytest.raises(ValueError, match=r"noise='blur'.*choose 'gaussian'.*'mask'"):
+        make(toy_values(), AE, noise="blur")
+
+
+def test_indices_that_select_nothing_or_too_much(adata):
+    model = make(adata)
+    for indices in ([], np.zeros(N, bool)):
+        with pytest.raises(ValueError, match="indices selects no cell"):
+            model.get_latent_representation(indices=indices)
+    with pytest.raises(ValueError, match=r"mask of 47 .* 48 cells"):
+        model.get_latent_representation(indices=np.ones(N - 1, bool))
+    with pytest.raises(IndexError):
+        model.get_latent_representation(indices=[N])
+
+
+def test_sampling_options(adata):
+    model = make(adata)
+    with pytest.raises(ValueError, match="n_samples=0 must be at least 1"):
+        model.get_normalized_expression(n_samples=0)
+    with pytest.raises(ValueError, match="at least one draw of z, not 0"):
+        model.get_marginal_ll(n_mc_samples=0)
+    with pytest.raises(ValueError, match="n=0 must be at least 1"):
+        model.sample(0)
+    model = make(adata, VAE, setup={})
+    with pytest.raises(ValueError, match="batch='a': the model was set up without batch_key"):
+        model.sample(3, batch="a")
+
+
+def test_a_size_that_is_no_number(adata):
+    model = make(adata)
+    for size in ("own", 0, -1.0, None):
+        with pytest.raises(ValueError, match=rf"library_size={size!r} must be a positive number or 'latent'"):
+            model.get_normalized_expression(library_size=size)
+
+
+def test_a_loss_that_explodes_says_what_to_do():
+    model = make(toy_counts(), train=False)
+    with pytest.raises(FloatingPointError, match=r"no longer finite.*lower learning rate"):
+        model.train(**(FAST | {"lr": 1e30, "max_epochs": 10}))
+    assert not model.is_trained
+    with pytest.warns(UserWarning, match="untrained"):
+        works(model)

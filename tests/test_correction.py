@@ -1,0 +1,195 @@
+"""Other batches, other conditions, the learned prior, size factors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _models import make, trained
+from _toys import totals, toy_counts
+
+from sccvae.distributions import NegativeBinomial
+from sccvae.model import CVAE
+
+N, G = 48, 12
+
+
+# Changing the batch
+
+
+@pytest.mark.parametrize("name", ["cvae-nb", "cvae-normal", "cvae-q(z|x)"])
+def test_transform_batch(name):
+    model = trained(name)
+
+    def decode(batch, **options):
+        return model.get_normalized_expression(transform_batch=batch, return_numpy=True, **options)
+
+    a, b, own = decode("a"), decode("b"), decode(None)
+    in_a = (model.adata.obs["batch"] == "a").to_numpy()
+    assert not np.allclose(a, b)
+    np.testing.assert_allclose(own[in_a], a[in_a], rtol=1e-5)
+    np.testing.assert_allclose(own[~in_a], b[~in_a], rtol=1e-5)
+    for both in (["a", "b"], ("b", "a"), np.array(["a", "b"]), pd.Index(["a", "b"])):
+        np.testing.assert_allclose(decode(both), (a + b) / 2, rtol=1e-5)
+    np.testing.assert_allclose(decode(["b"]), b, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"obs\['batch'\] is \['c'\] .*it knows \['a', 'b'\]"):
+        decode("c")
+    with pytest.raises(ValueError, match=r"it knows \['a', 'b'\]"):
+        decode(["a", "c"])
+    with pytest.raises(ValueError, match="transform_batch"):
+        decode([])
+
+
+@pytest.mark.parametrize("name", ["ae", "vae-nb", "cvae-learned"])
+def test_models_that_cannot_change_the_batch_say_so(name):
+    with pytest.raises(
+        ValueError, match=r"transform_batch='a': this .* does not decode from the batch.*CVAE.*prior='fixed'"
+    ):
+        trained(name).get_normalized_expression(transform_batch="a")
+
+
+def test_latent_does_not_change_with_the_library_of_others():
+    """A cell's coordinates depend on that cell alone."""
+    model = trained("cvae-nb")
+    alone = model.get_latent_representation(model.adata[7:8].copy())
+    np.testing.assert_allclose(alone, model.get_latent_representation()[7:8], rtol=1e-4, atol=1e-5)
+
+
+def test_n_samples_average_over_the_posterior():
+    model = trained("cvae-nb")
+    mean = model.get_normalized_expression(return_numpy=True)
+    many = model.get_normalized_expression(n_samples=400, return_numpy=True)
+    other = model.get_normalized_expression(n_samples=400, seed=1, return_numpy=True)
+    single = model.get_normalized_expression(n_samples=2, return_numpy=True)
+    assert (many == model.get_normalized_expression(n_samples=400, return_numpy=True)).all()
+    assert np.abs(many - other).max() < np.abs(single - many).max()
+    assert (many != mean).any()
+    np.testing.assert_allclose(many.sum(1), 1, rtol=1e-4)
+    with pytest.raises(ValueError, match="n_samples=0 must be at least 1"):
+        model.get_normalized_expression(n_samples=0)
+
+
+# The learned prior
+
+
+def test_prior_centers():
+    model = trained("cvae-learned")
+    centers = model.prior_centers()
+    assert centers.shape == (2, G)
+    assert list(centers.obs["batch"]) == ["a", "b"]
+    assert centers.obsm["z"].shape == (2, 2)
+    batch = next(model._stream(None, [0, 1]))
+    with torch.no_grad():
+        p = model.module.prior(batch)["z"]
+    np.testing.assert_allclose(centers.obsm["z"], p.loc.numpy(), rtol=1e-5)
+    median = np.median(totals(model.adata))
+    np.testing.assert_allclose(np.asarray(centers.X.sum(1)).ravel(), median, rtol=1e-3)
+    assert (centers.X != model.prior_centers().X).sum() == 0
+    with pytest.raises(ValueError, match=r"prior='fixed' has no centres.*prior='learned'"):
+        trained("cvae-nb").prior_centers()
+
+
+def test_prior_centers_of_crossed_conditions():
+    adata = toy_counts()
+    setup = {"batch_key": "batch", "categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["dose"]}
+    model = make(CVAE, adata, setup=setup, prior="learned")
+    centers = model.prior_centers()
+    assert centers.n_obs == 6
+    assert not centers.obs.duplicated(["batch", "donor"]).any()
+    assert len(np.unique(centers.obsm["z"], axis=0)) == 6
+
+
+def test_prior_centers_with_continuous_conditions_only():
+    model = make(CVAE, toy_counts(), setup={"continuous_covariate_keys": ["dose"]}, prior="learned")
+    assert model.prior_centers().shape == (1, G)
+    assert model.sample(4).shape == (4, G)
+
+
+# Conditions
+
+
+SETUPS = [
+    {
+        "batch_key": "batch",
+        "categorical_covariate_keys": ["donor", "treated"],
+        "continuous_covariate_keys": ["dose", "size"],
+    },
+    {"categorical_covariate_keys": ["donor"]},
+    {"continuous_covariate_keys": ["dose"]},
+    {"batch_key": "treated", "labels_key": "donor"},
+    {"batch_key": "batch", "size_factor_key": "size"},
+]
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: "+".join(map(str, s)))
+@pytest.mark.parametrize("prior", ["fixed", "learned"])
+def test_conditions(setup, prior):
+    adata = toy_counts()
+    model = make(CVAE, adata, setup=setup, prior=prior, likelihood=NegativeBinomial())
+    z = model.get_latent_representation()
+    assert np.isfinite(z).all()
+    assert np.isfinite(model.get_elbo())
+    values = model.get_normalized_expression(return_numpy=True)
+    assert np.isfinite(values).all()
+    generated = model.sample(7)
+    categorical = [setup.get("batch_key"), *setup.get("categorical_covariate_keys", [])]
+    for key in filter(None, categorical):
+        assert generated.obs[key].isin(adata.obs[key]).all()
+    if prior == "fixed" and "batch_key" in setup:
+        category = adata.obs[setup["batch_key"]].iloc[0]
+        changed = model.get_normalized_expression(transform_batch=category, return_numpy=True)
+        assert not np.allclose(changed, values)
+    for key in filter(None, [*categorical, *setup.get("continuous_covariate_keys", [])]):  # z sees every condition
+        other = adata.copy()
+        other.obs[key] = np.roll(other.obs[key], 1)
+        assert not np.allclose(model.get_latent_representation(other), z)
+
+
+def test_transform_batch_keeps_the_other_conditions():
+    adata = toy_counts()
+    model = make(CVAE, adata, setup=SETUPS[0])
+    other = adata.copy()
+    other.obs["batch"] = "a"
+    batch = next(model._stream(None))
+    with torch.no_grad():
+        z = model.module.inference(batch)["z"].loc
+        wanted = model.module.generative({"z": z}, next(model._stream(other))).expression().numpy()
+    got = model.get_normalized_expression(transform_batch="a", return_numpy=True)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int", "str", "bool", "category", "ordered", "float"])
+def test_types_of_categories(kind):
+    adata = toy_counts()
+    column = (np.arange(N) // 3) % 2
+    known = {"int": [0, 1], "str": ["0", "1"], "bool": [False, True], "float": [0.0, 1.0]}.get(kind, ["lo", "hi"])
+    values = np.array(known)[column]
+    if kind in ("category", "ordered"):
+        values = pd.Categorical(values, categories=["lo", "hi"], ordered=kind == "ordered")
+    adata.obs["k"] = values
+    model = make(CVAE, adata, setup={"batch_key": "k"})
+    decoded = [model.get_normalized_expression(transform_batch=c, return_numpy=True) for c in known]
+    own = model.get_normalized_expression(return_numpy=True)
+    np.testing.assert_allclose(own, np.where(column[:, None] == 0, decoded[0], decoded[1]), rtol=1e-5)
+    assert set(model.sample(20).obs["k"]) == set(known)
+    assert adata.obs["k"].dtype == pd.Series(values).dtype  # the user's column is left as it is
+
+
+# Size factors
+
+
+def test_size_factors_are_scaled_to_counts():
+    adata = toy_counts()
+    model = make(CVAE, adata, setup={"batch_key": "batch", "size_factor_key": "size"})
+    own = model.get_normalized_expression(library_size="latent", return_numpy=True)
+    np.testing.assert_allclose(
+        own.sum(1), totals(adata)[:, 0], rtol=1e-3
+    )  # the toy's factor is proportional to the sum
+    half = adata[:10].copy()
+    half.obs["size"] = adata.obs["size"].to_numpy()[:10] / 2
+    np.testing.assert_allclose(
+        model.get_normalized_expression(half, library_size="latent", return_numpy=True).sum(1),
+        own[:10].sum(1) / 2,
+        rtol=1e-3,
+    )
