@@ -28,7 +28,9 @@ export SCCVAE_DATA_DIR ?= $(abspath ../shared/data)
 endif
 
 # What runs here multiplies small matrices: a second thread gains little, and on a busy machine costs tenfold.
+# numba's counts as well: it shares OpenMP with torch, and its first parallel loop sets torch's number to its own.
 export OMP_NUM_THREADS ?= 1
+export NUMBA_NUM_THREADS ?= 1
 
 help:
 	@echo "make install            .venv with sccvae (editable) and all that the targets below need"

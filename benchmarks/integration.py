@@ -123,6 +123,7 @@ def run(cells: CellSet, methods: list[str], n_seeds: int, cache: Path | None) ->
     table["seconds"] = pd.Series(seconds)
     table.insert(0, "set", cells.name)
     table.insert(1, "method", [k.split("/")[0] for k in table.index])
+    table.insert(2, "seed", [k.split("/")[1] for k in table.index])
     return table.reset_index(drop=True)
 
 
@@ -132,7 +133,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     grouped = table.groupby(["set", "method"], sort=False)
     summary = grouped[list(numbers)].median()
     summary.insert(0, "worst total", grouped["Total"].min())
-    first = ["Total", "worst total", "Bio conservation", "Batch correction", "seconds"]
+    summary.insert(0, "seeds", grouped["Total"].count())
+    first = ["seeds", "Total", "worst total", "Bio conservation", "Batch correction", "seconds"]
     return summary[first + [c for c in summary if c not in first]].reset_index()
 
 
@@ -143,18 +145,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings of the peers between runs")
+    parser.add_argument("--table", type=Path, help="CSV of single runs to add to: a long benchmark in several parts")
     parser.add_argument("--no-write", action="store_true", help="leave benchmarks/RESULTS.md as it is")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # scib-metrics and jax; not ours
-    tables = []
+    key = ["set", "method", "seed"]
+    table = pd.read_csv(args.table, dtype={"seed": str}) if args.table and args.table.exists() else pd.DataFrame()
     for cells in (c for c in MULTI_BATCH if c.name in args.data):
-        tables.append(run(cells, args.methods, args.seeds, args.cache))
-        print(summarise(tables[-1]).iloc[:, 1:7].round(3).to_string(index=False), flush=True)
-    summary = summarise(pd.concat(tables)).round(3)
+        new = run(cells, args.methods, args.seeds, args.cache)
+        table = pd.concat([table, new]).drop_duplicates(key, keep="last")
+        if args.table:
+            table.to_csv(args.table, index=False)
+        print(summarise(new).iloc[:, 1:8].round(3).to_string(index=False), flush=True)
+    order = table.assign(at=table["set"].map({c.name: i for i, c in enumerate(MULTI_BATCH)})).sort_values(
+        ["at", *key[1:]]
+    )
     if not args.no_write:
-        write_section(
-            "Batch removal", __doc__, summary, command="python -m benchmarks.integration " + " ".join(args.data)
-        )
+        command = "python -m benchmarks.integration --seeds 3"
+        write_section("Batch removal", __doc__, summarise(order.drop(columns="at")).round(3), command)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 BATCH, CELL_TYPE, REFERENCE = "batch", "bulk_labels", "batch0"
 #: Standard deviation of the natural log of the factor that the second batch puts on a gene: 1 doubles or halves it.
 STRENGTH = 1.0
-MAX_EPOCHS = 200
+#: With 5 optimiser steps in an epoch, a high learning rate gets as far as twice the epochs at the default one.
+MAX_EPOCHS, LEARNING_RATE = 100, 3e-3
 #: Cell types with fewer cells in a batch have no mean profile worth comparing.
 FEWEST_CELLS = 10
 
@@ -63,7 +64,7 @@ def run(*, seed: int = 0, progress_bar: bool = True, say: Callable[[str], Any] =
     trained = adata.copy()  # takes the notes of the set-up, which the user's file need not carry
     model.CVAE.setup_anndata(trained, layer="counts", batch_key=BATCH)
     cvae = model.CVAE(trained, likelihood="nb", seed=seed)
-    cvae.train(max_epochs=MAX_EPOCHS, seed=seed, progress_bar=progress_bar)
+    cvae.train(max_epochs=MAX_EPOCHS, lr=LEARNING_RATE, seed=seed, progress_bar=progress_bar)
     tl.correct(adata, cvae, reference=REFERENCE)
     say("UMAPs (compiling them takes some seconds)")
     for basis in ("X_pca", "X_cvae"):

@@ -233,8 +233,8 @@ def _correct(args: argparse.Namespace, received: list[int]) -> None:
 def _demo(args: argparse.Namespace, received: list[int]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     _report(args, "loading (the first import takes a few seconds)")
-    # Small matrices keep one thread busy; with two the demo takes minutes on a busy machine. Where numba (in scanpy) has
-    # threads of its own, it gives torch as many.
+    # Small matrices keep one thread busy; two would wait for each other, for minutes on a busy machine. And numba (in
+    # scanpy) gives torch as many threads as it takes itself.
     if not {"numba", "torch"} & set(sys.modules):
         for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ.setdefault(name, "1")

@@ -10,7 +10,9 @@ import pytest
 # Set before matplotlib and torch are first imported; the processes that tests start inherit both.
 os.environ["MPLBACKEND"] = "Agg"
 # The tests' matrices are too small for threads, and threads that wait for each other on a busy machine cost tenfold.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# numba's counts as well: it shares OpenMP with torch, and its first parallel loop sets torch's number to its own.
+for _variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
 
 @pytest.fixture(scope="session")

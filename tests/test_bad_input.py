@@ -305,6 +305,12 @@ def test_covariates_of_other_types(adata, kind):
     works(make(adata, setup={"continuous_covariate_keys": ["n"]}))
 
 
+def test_the_same_column_twice(adata):
+    model = make(adata, setup={"batch_key": "batch", "categorical_covariate_keys": ["batch", "donor"]})
+    works(model)
+    assert model.schema.n_categories == (2, 3)
+
+
 def test_a_constant_covariate(adata):
     adata.obs["dose"] = 0.1
     model = make(adata, setup={"batch_key": "batch", "continuous_covariate_keys": ["dose"]})

@@ -90,6 +90,18 @@ def test_prior_centers():
         trained("cvae-nb").prior_centers()
 
 
+def test_samples_of_a_condition_follow_its_prior():
+    model = trained("cvae-learned")
+    batch = next(model._stream(None, [1]))
+    with torch.no_grad():
+        p = model.module.prior(batch)["z"]
+    z = model.sample(4000, batch=model.adata.obs["batch"].iloc[1]).obsm["z"]
+    standard = (z - p.loc.numpy()) / p.scale.numpy()
+    assert np.abs(p.scale.numpy() - 1).max() > 0.1  # or the test would show nothing
+    np.testing.assert_allclose(standard.mean(0), 0, atol=0.08)
+    np.testing.assert_allclose(standard.std(0), 1, atol=0.06)
+
+
 def test_prior_centers_of_crossed_conditions():
     adata = toy_counts()
     setup = {"batch_key": "batch", "categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["dose"]}
@@ -136,6 +148,10 @@ def test_conditions(setup, prior):
     categorical = [setup.get("batch_key"), *setup.get("categorical_covariate_keys", [])]
     for key in filter(None, categorical):
         assert generated.obs[key].isin(adata.obs[key]).all()
+    for key in setup.get("continuous_covariate_keys", []):
+        np.testing.assert_allclose(generated.obs[key], adata.obs[key].mean(), rtol=1e-5)
+    if "size_factor_key" not in setup:
+        assert np.isfinite(model.get_latent_representation(generated)).all()
     if prior == "fixed" and "batch_key" in setup:
         category = adata.obs[setup["batch_key"]].iloc[0]
         changed = model.get_normalized_expression(transform_batch=category, return_numpy=True)

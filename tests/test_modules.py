@@ -23,31 +23,28 @@ def a_batch(n=N, g=G, dtype=torch.float32, *, unit=False):
     return Batch(x, codes, torch.randn(n, 1, dtype=dtype), x.sum(1, keepdim=True) + 1)
 
 
-def modules():
-    small = {"n_latent": 2, "n_hidden": 5}
-    found = {
-        "ae": AE(G, **small),
-        "ae-linear": AE(G, n_latent=2, linear=True),
-        "ae-denoising": AE(G, noise="mask", noise_level=0.5, **small),
-        "vae-k": VAE(G, n_samples=3, kl="monte_carlo", **small),
-        "vae-skip": VAE(G, n_layers=3, skip=True, dropout=0.1, norm="layer", **small),
-        "vae-linear": VAE(G, n_layers=0, n_latent=2, likelihood="normal"),
-    }
-    found |= {f"vae-{name}": VAE(G, likelihood=name, **small) for name in LIKELIHOODS}
-    for prior in ("fixed", "learned"):
-        for encode in (True, False):
-            found[f"cvae-{prior}-{encode}"] = CVAE(G, [2, 3], 1, prior=prior, encode_condition=encode, **small)
-    found["cvae-continuous"] = CVAE(G, [], 1, **small)
-    found["cvae-gene-batch"] = CVAE(G, [2, 3], 1, likelihood=NegativeBinomial(dispersion="gene-batch"), **small)
-    return found
-
-
-MODULES = list(modules())
+SMALL = {"n_latent": 2, "n_hidden": 5}
+MODULES = {
+    "ae": (AE, [G], {}),
+    "ae-linear": (AE, [G], {"linear": True}),
+    "ae-denoising": (AE, [G], {"noise": "mask", "noise_level": 0.5}),
+    "vae-k": (VAE, [G], {"n_samples": 3, "kl": "monte_carlo"}),
+    "vae-skip": (VAE, [G], {"n_layers": 3, "skip": True, "dropout": 0.1, "norm": "layer"}),
+    "vae-linear": (VAE, [G], {"n_layers": 0, "likelihood": "normal"}),
+    "cvae-continuous": (CVAE, [G, [], 1], {}),
+    "cvae-gene-batch": (CVAE, [G, [2, 3], 1], {"likelihood": NegativeBinomial(dispersion="gene-batch")}),
+}
+MODULES |= {f"vae-{name}": (VAE, [G], {"likelihood": name}) for name in LIKELIHOODS}
+for prior in ("fixed", "learned"):
+    for encode in (True, False):
+        options = {"prior": prior, "encode_condition": encode}
+        MODULES[f"cvae-{prior}-q(z|x{',c' if encode else ''})"] = (CVAE, [G, [2, 3], 1], options)
 
 
 @pytest.fixture(params=MODULES)
 def module(request):
-    return modules()[request.param]
+    cls, sizes, options = MODULES[request.param]
+    return cls(*sizes, **SMALL, **options)
 
 
 def suited(module, **options):
@@ -278,6 +275,10 @@ def test_modules_refuse_bad_settings():
         CVAE(G, [2], n_layers=0)
     for make in (lambda: AE(G, n_latent=0), lambda: VAE(G, n_latent=0), lambda: CVAE(G, [2], n_latent=0)):
         with pytest.raises(ValueError, match="n_latent=0 must be at least 1"):
+            make()
+    batchwise = NegativeBinomial(dispersion="gene-batch")  # its decoder would not be p(x|z)
+    for make in (lambda: VAE(G, likelihood=batchwise), lambda: CVAE(G, [2], prior="learned", likelihood=batchwise)):
+        with pytest.raises(ValueError, match=r"dispersion='gene-batch' needs .* decoder sees the batch"):
             make()
     with pytest.raises(ValueError, match="n_hidden=0 must be at least 1"):
         VAE(G, n_hidden=0)

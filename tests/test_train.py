@@ -70,7 +70,7 @@ def test_loss_of_training_is_weighted():
 
 
 def test_training_lowers_the_loss():
-    result = train(a_vae(), max_epochs=60, lr=0.01)
+    result = train(a_vae(), max_epochs=25, lr=0.03)
     elbo = result.history["elbo_train"]["elbo_train"]
     assert elbo.iloc[-1] < elbo.iloc[0] - 0.3
 
@@ -86,7 +86,7 @@ def test_weight_decay_shrinks_weights():
     sizes = []
     for decay in (0.0, 10.0):
         vae = a_vae(norm=None)
-        train(vae, max_epochs=20, weight_decay=decay, lr=0.01)
+        train(vae, max_epochs=8, weight_decay=decay, lr=0.03)
         sizes.append(float(vae.decoder.linears[0].linear.weight.detach().norm()))
     assert sizes[1] < 0.7 * sizes[0]
 

@@ -18,7 +18,7 @@ def kl_normal(loc_q: Tensor, scale_q: Tensor, loc_p: Tensor, scale_p: Tensor) ->
 
     Returns
     -------
-    (...,) sum over the d latent dimensions; never negative.
+    (...,) sum over the d latent dimensions; never negative, but for rounding.
     """
     ratio = scale_q / scale_p
     shift = (loc_q - loc_p) / scale_p
@@ -35,6 +35,6 @@ def kl_standard_normal(loc: Tensor, scale: Tensor) -> Tensor:
 
     Returns
     -------
-    (...,) sum over the d latent dimensions; never negative.
+    (...,) sum over the d latent dimensions; never negative, but for rounding.
     """
     return 0.5 * (scale.square() + loc.square() - 1 - 2 * torch.log(scale)).sum(-1)

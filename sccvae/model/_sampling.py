@@ -90,6 +90,8 @@ class SamplingMixin:
         obs = pd.DataFrame(index=[f"generated-{i}" for i in range(len(codes))])
         for i, (key, categories) in enumerate(schema.categories.items()):
             obs[key] = pd.Categorical.from_codes(codes[:, i], categories=categories)
+        for i, key in enumerate(schema.continuous):
+            obs[key] = float(module.conditions.center[i]) if hasattr(module, "conditions") else 0.0
         generated = AnnData(
             sparse.vstack(parts, format="csr") if counts else np.concatenate(parts),
             obs=obs,

@@ -54,6 +54,11 @@ def _norm(kind: str | None, width: int) -> nn.Module:
 def check_sizes(**sizes: int) -> None:
     """Refuse a width below 1 under the name that the user gave it.
 
+    Parameters
+    ----------
+    **sizes
+        Name and value of each width.
+
     Raises
     ------
     ValueError

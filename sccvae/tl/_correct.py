@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from sccvae.distributions import Likelihood
 from sccvae.model import BaseModel
 
 from ._embed import write_embedding
 from ._job import plain, target, trained_model
+
+if TYPE_CHECKING:
+    from sccvae.distributions import Likelihood
 
 LIBRARY_SIZE = 1e4
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from anndata import AnnData
 
-from sccvae.distributions import Likelihood
 from sccvae.model import BaseModel
 
 from ._job import record, target, trained_model
+
+if TYPE_CHECKING:
+    from sccvae.distributions import Likelihood
 
 
 def embed(
