@@ -96,11 +96,11 @@ def test_monte_carlo_kl_converges_to_the_analytic_one(prior):
         q, p = cvae.inference(batch)["z"], cvae.prior(batch)["z"]
         exact = kl_divergence(q, p).sum(-1)
         errors = {}
-        for k in (4, 64, 1024):
+        for k in (4, 32, 256):
             cvae.n_samples = k
             errors[k] = (cvae.elbo_terms(batch)["kl_z"] - exact).square().mean().sqrt().item()
-    assert errors[4] / errors[64] == pytest.approx(4, rel=0.25)  # 1 / sqrt(k)
-    assert errors[64] / errors[1024] == pytest.approx(4, rel=0.25)
+    assert errors[4] / errors[32] == pytest.approx(8**0.5, rel=0.2)  # 1 / sqrt(k)
+    assert errors[32] / errors[256] == pytest.approx(8**0.5, rel=0.2)
 
 
 def test_k_sample_elbo_is_a_mean_over_draws():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,16 +193,16 @@ def fit(
 
 @contextmanager
 def _quiet_lightning():
-    """Keep Lightning's notices about devices and products out of a notebook; its warnings stay."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
-    ]
+    """Keep Lightning's notices about devices and products out of a notebook; its warnings stay, but for one."""
+    loggers = [logging.getLogger(f"lightning.{room}.utilities.rank_zero") for room in ("pytorch", "fabric")]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            # lightning 2.6 with torch 2.13, at every fit: nothing that a user could change
+            warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning, r"lightning\.pytorch")
+            yield
     finally:
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
