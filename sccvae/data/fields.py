@@ -21,7 +21,21 @@ def anndata_fields(
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
 ) -> list[fields.BaseAnnDataField]:
-    """scvi-tools fields for the arguments of ``setup_anndata``; only what was named is registered."""
+    """scvi-tools fields for the arguments of ``setup_anndata``; only what was named is registered.
+
+    Parameters
+    ----------
+    layer
+        Layer of the values, None for X.
+    batch_key, labels_key, size_factor_key
+        ``obs`` columns, or None.
+    categorical_covariate_keys, continuous_covariate_keys
+        Lists of ``obs`` columns, or None.
+
+    Returns
+    -------
+    Fields for ``scvi.data.AnnDataManager``.
+    """
     # is_count_data: we check the values ourselves, against the likelihood, and raise instead of warning.
     # correct_data_format: the user's matrix is left as it is.
     found = [fields.LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False)]
@@ -48,6 +62,17 @@ def check_setup(
     continuous_covariate_keys: Sequence[str] | None = None,
 ) -> None:
     """Check that everything named for ``setup_anndata`` is there and usable, before anything is written to ``adata``.
+
+    Parameters
+    ----------
+    adata
+        The cells.
+    layer
+        Layer of the values, None for X.
+    batch_key, labels_key, size_factor_key
+        ``obs`` columns, or None.
+    categorical_covariate_keys, continuous_covariate_keys
+        Lists of ``obs`` columns, or None.
 
     Raises
     ------

@@ -48,6 +48,10 @@ def read_cells(adata: AnnData, schema: Schema) -> Cells:
     schema
         Where the inputs lie.
 
+    Returns
+    -------
+    The cells, genes in the order of the schema.
+
     Raises
     ------
     KeyError

@@ -39,6 +39,11 @@ class Likelihood(nn.Module, ABC):
     A likelihood is made with its settings alone, and handed to a module, which calls :meth:`build` once it knows the
     sizes. It may hold parameters of its own (a dispersion, a sigma).
 
+    Parameters
+    ----------
+    **settings
+        Plain JSON values, kept in ``settings`` and ``config``.
+
     Attributes
     ----------
     support
@@ -94,7 +99,13 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {}
 
 
 def register(*names: str):
-    """Class decorator: make a likelihood known under its class name and ``names``."""
+    """Class decorator: make a likelihood known under its class name and ``names``, to be found when a model is loaded.
+
+    Parameters
+    ----------
+    *names
+        Short names.
+    """
 
     def add(cls: type[Likelihood]) -> type[Likelihood]:
         LIKELIHOODS.update(dict.fromkeys((cls.__name__, *names), cls))
@@ -112,6 +123,10 @@ def as_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:
         ``"nb"``, ``"zinb"``, ``"poisson"``, ``"normal"``, ``"bernoulli"``, a class name, the ``config`` of a
         likelihood, or a
         likelihood (its settings are copied, so that two models never share parameters).
+
+    Returns
+    -------
+    A likelihood without heads; see :meth:`Likelihood.build`.
 
     Raises
     ------

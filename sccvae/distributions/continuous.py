@@ -22,6 +22,10 @@ def log_normal(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     ----------
     x, loc, scale
         Values, means and standard deviations, broadcastable to each other.
+
+    Returns
+    -------
+    Log density or mass, of the broadcast shape.
     """
     return -0.5 * ((x - loc) / scale).square() - scale.log() - 0.5 * math.log(2 * math.pi)
 
@@ -33,6 +37,10 @@ def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     ----------
     x, logits
         Values in [0, 1] and log odds, broadcastable to each other.
+
+    Returns
+    -------
+    Log density or mass, of the broadcast shape.
     """
     x, logits = torch.broadcast_tensors(x, logits)
     return -binary_cross_entropy_with_logits(logits, x, reduction="none")

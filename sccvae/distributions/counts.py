@@ -45,6 +45,10 @@ def log_poisson(x: Tensor, log_mu: Tensor) -> Tensor:
         Counts, any shape, floating.
     log_mu
         Log of the mean, broadcastable to x.
+
+    Returns
+    -------
+    Log mass, of the broadcast shape.
     """
     dtype, x, log_mu = log_mu.dtype, x.double(), log_mu.double()
     return (x * log_mu - log_mu.exp() - torch.lgamma(x + 1)).to(dtype)
@@ -59,6 +63,10 @@ def log_nb(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
         Counts, any shape, floating.
     log_mu, log_theta
         Log of the mean and of the inverse dispersion, broadcastable to x.
+
+    Returns
+    -------
+    Log mass, of the broadcast shape.
 
     References
     ----------
@@ -81,6 +89,10 @@ def log_zinb(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Te
         Log of the mean and of the inverse dispersion of the NB part, broadcastable to x.
     logits
         Log odds of a structural zero, broadcastable to x.
+
+    Returns
+    -------
+    Log mass, of the broadcast shape.
 
     References
     ----------
@@ -207,12 +219,10 @@ class _CountLikelihood(Likelihood):
 
 @register("poisson")
 class Poisson(_CountLikelihood):
-    """Poisson counts: x ~ Poisson(library x softmax(head(h))).
+    """Poisson counts: x ~ Poisson(library x softmax(head(h)))."""
 
-    References
-    ----------
-    Eraslan et al. 2019; Lopez et al. 2018 (without gamma noise).
-    """
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> CountObservation:
         """Distribution of counts; see :meth:`Likelihood.forward`."""

@@ -145,7 +145,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         early_stopping: bool = True,
         patience: int | None = None,
         accelerator: str = "auto",
-        devices: int | str | list[int] = "auto",
+        devices: int | list[int] = 1,
         checkpoint_dir: str | Path | None = None,
         seed: int = 0,
         progress_bar: bool = True,

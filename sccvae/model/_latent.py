@@ -114,6 +114,10 @@ class VariationalMixin(LatentMixin):
         ----------
         adata, indices, return_mean, batch_size, seed
             As for :meth:`get_reconstruction_error`.
+
+        Returns
+        -------
+        A float, or (n,) float32.
         """
         return self._per_cell(
             lambda b: -sum(self.module.elbo_terms(b).values()), adata, indices, return_mean, batch_size, seed
@@ -139,6 +143,10 @@ class VariationalMixin(LatentMixin):
             As for :meth:`get_reconstruction_error`.
         n_mc_samples
             Draws from q(z|x) for each cell.
+
+        Returns
+        -------
+        A float, or (n,) float32.
 
         References
         ----------

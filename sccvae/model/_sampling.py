@@ -98,6 +98,11 @@ class SamplingMixin:
             var=pd.DataFrame(index=schema.var_names),
             obsm={"z": np.concatenate(latents)},
         )
+        # so that the model can read what it made
+        if schema.layer is not None:
+            generated.layers[schema.layer] = generated.X
+        if schema.size_factor_key is not None:
+            generated.obs[schema.size_factor_key] = library[:, 0] / self.reference["library_unit"]
         if "image_shape" in self.reference:
             generated.uns["image_shape"] = list(self.reference["image_shape"])
         return generated

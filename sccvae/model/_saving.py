@@ -51,7 +51,7 @@ class SavingMixin:
             if not overwrite:
                 msg = f"{folder} exists; pass overwrite=True to replace the model in it."
                 raise FileExistsError(msg)
-            if not folder.is_dir() or {f.name for f in folder.iterdir()} - {JSON_FILE, WEIGHTS_FILE}:
+            if not folder.is_dir() or _foreign(folder):
                 msg = f"{folder} holds other things than a saved model, so it is not replaced; choose another folder."
                 raise FileExistsError(msg)
         content = {
@@ -100,6 +100,10 @@ class SavingMixin:
         adata
             Data to attach, set up as the training data were: the same genes in any order, known categories. Without
             it, pass ``adata=`` to the methods; generation works without.
+
+        Returns
+        -------
+        The model, in evaluation mode, on the CPU.
 
         Raises
         ------
@@ -158,6 +162,10 @@ def load(folder: str | Path, adata: AnnData | None = None) -> Any:
     folder, adata
         As for :meth:`sccvae.model.BaseModel.load`.
 
+    Returns
+    -------
+    A model of the class that was saved.
+
     Raises
     ------
     FileNotFoundError, ValueError
@@ -177,7 +185,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not (folder / JSON_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         msg = f"{folder} is no saved sccvae model: it needs {JSON_FILE} and {WEIGHTS_FILE}."
         raise FileNotFoundError(msg)
-    unknown = sorted(f.name for f in folder.iterdir() if f.name not in (JSON_FILE, WEIGHTS_FILE))
+    unknown = _foreign(folder)
     if unknown:
         msg = (
             f"{folder} holds files that are not part of a sccvae model: {unknown}. Nothing was loaded, since a "
@@ -202,6 +210,11 @@ def _read(folder: Path) -> dict[str, Any]:
         msg = f"{folder / JSON_FILE} is damaged: it lacks {lacking}."
         raise ValueError(msg)
     return content
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names of what is not part of a model; macOS leaves ``.DS_Store`` in any folder that was looked at."""
+    return sorted({f.name for f in folder.iterdir()} - {JSON_FILE, WEIGHTS_FILE, ".DS_Store"})
 
 
 def _encode(value: Any) -> Any:

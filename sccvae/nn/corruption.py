@@ -45,6 +45,17 @@ class Masking(nn.Module):
 def as_corruption(noise: str | None, level: float) -> nn.Module:
     """The corruption called ``noise``: ``"gaussian"``, ``"mask"`` or None for none.
 
+    Parameters
+    ----------
+    noise
+        Its name.
+    level
+        Standard deviation of the noise, or probability of masking.
+
+    Returns
+    -------
+    A module that corrupts its input while it trains.
+
     Raises
     ------
     ValueError

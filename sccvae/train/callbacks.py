@@ -96,7 +96,17 @@ class CellsBar(Callback):
 
 
 def progress(**options: Any) -> Any:
-    """A tqdm bar with scaled units: the notebook's own where it can be drawn, else text."""
+    """A tqdm bar with scaled units: the notebook's own where it can be drawn, else text.
+
+    Parameters
+    ----------
+    **options
+        For ``tqdm``.
+
+    Returns
+    -------
+    The bar; close it at the end.
+    """
     from importlib.util import find_spec
 
     if find_spec("ipywidgets") and find_spec("IPython"):

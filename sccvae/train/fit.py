@@ -63,7 +63,7 @@ def fit(
     early_stopping: bool = True,
     patience: int | None = None,
     accelerator: str = "auto",
-    devices: int | str | list[int] = "auto",
+    devices: int | list[int] = 1,
     checkpoint_dir: str | Path | None = None,
     seed: int = 0,
     progress_bar: bool = True,
@@ -104,6 +104,10 @@ def fit(
         More Lightning callbacks.
     **trainer_options
         For ``lightning.Trainer``, for example ``logger=``.
+
+    Returns
+    -------
+    History, whether it was interrupted, and the trainer.
 
     Raises
     ------
@@ -168,6 +172,9 @@ def fit(
                     num_sanity_val_steps=0,
                     **defaults | trainer_options,
                 )
+                if trainer.world_size > 1:
+                    msg = f"devices={devices!r}: sccvae trains on one device at a time so far; pass devices=1."
+                    raise NotImplementedError(msg)
                 module.train()
                 trainer.fit(plan, train_loader, ChunkLoader(store, validation_rows, batch_size))
                 if checkpoint is not None:

@@ -10,7 +10,17 @@ DEFAULT_STEPS, MIN_EPOCHS, MAX_EPOCHS = 6000, 20, 400
 
 
 def default_max_epochs(steps_per_epoch: int) -> int:
-    """Epochs for about :data:`DEFAULT_STEPS` optimiser steps: small data see more epochs, large data fewer."""
+    """Epochs for about :data:`DEFAULT_STEPS` optimiser steps: small data see more epochs, large data fewer.
+
+    Parameters
+    ----------
+    steps_per_epoch
+        Mini-batches of an epoch.
+
+    Returns
+    -------
+    Epochs, from 20 to 400.
+    """
     return min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(DEFAULT_STEPS / max(1, steps_per_epoch))))
 
 
