@@ -60,7 +60,7 @@ def pca(n_seeds: int) -> pd.DataFrame:
                     "largest principal angle (degrees)": float(
                         metrics.principal_angles(decoder, exact.components_.T)[-1]
                     ),
-                    "square error / PCA": float(model.get_reconstruction_error() / exact_error),
+                    "square error above PCA, relative": float(model.get_reconstruction_error() / exact_error - 1),
                     "seconds": time.perf_counter() - start,
                 }
             )
@@ -73,31 +73,27 @@ def cvae(n_seeds: int) -> pd.DataFrame:
     train, test = mnist()
     rng = np.random.default_rng(0)
     some = rng.choice(train.n_obs, 10_000, replace=False)
+    # Three layers: a decoder that makes little of c leaves the digit in z whatever the prior.
+    network = {"likelihood": "bernoulli", "n_hidden": 256, "n_layers": 3}
+    kinds = {
+        "VAE": (VAE, {}),
+        "CVAE, learned prior": (CVAE, {"prior": "learned"}),
+        "CVAE, fixed prior": (CVAE, {"prior": "fixed"}),
+    }
     rows = []
-    for name, make in {
-        "VAE": lambda seed: VAE(train, likelihood="bernoulli", n_hidden=256, seed=seed),
-        "CVAE, learned prior": lambda seed: CVAE(
-            train, prior="learned", likelihood="bernoulli", n_hidden=256, seed=seed
-        ),
-        "CVAE, fixed prior": lambda seed: CVAE(train, prior="fixed", likelihood="bernoulli", n_hidden=256, seed=seed),
-        "CVAE, fixed prior, q(z|x)": lambda seed: CVAE(
-            train, prior="fixed", encode_condition=False, likelihood="bernoulli", n_hidden=256, seed=seed
-        ),
-    }.items():
-        for seed in range(n_seeds):
+    for seed in range(n_seeds):
+        for name, (model_class, options) in kinds.items():
             start = time.perf_counter()
-            for model_class in (VAE, CVAE):
-                model_class.setup_anndata(train, batch_key="label")
-            model = make(seed)
-            model.train(15, batch_size=256, seed=seed, **CPU)
+            model_class.setup_anndata(train, batch_key="label")
+            model = model_class(train, seed=seed, **network, **options)
+            model.train(12, batch_size=256, lr=2e-3, seed=seed, **CPU)
             z, z_test = model.get_latent_representation(train, indices=some), model.get_latent_representation(test)
+            accuracy = metrics.knn_accuracy(z, train.obs["label"].to_numpy()[some], z_test, test.obs["label"])
             rows.append(
                 {
                     "model": name,
                     "seed": seed,
-                    "kNN accuracy of the digit": metrics.knn_accuracy(
-                        z, train.obs["label"][some], z_test, test.obs["label"]
-                    ),
+                    "kNN accuracy of the digit": accuracy,
                     "test ELBO (nats)": model.get_elbo(test),
                     "seconds": time.perf_counter() - start,
                 }

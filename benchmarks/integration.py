@@ -1,10 +1,9 @@
-"""Batch removal: the CVAE beside PCA, Harmony and scVI, judged by scib-metrics in one run.
+"""Batch removal: the CVAE beside PCA, Harmony and scVI, judged by scib-metrics.
 
     SCCVAE_DATA_DIR=... python -m benchmarks.integration [--data NAME ...] [--seeds 3]
 
-Peers run at their defaults. Totals are 0.6 bio + 0.4 batch of the raw metrics (no min-max scaling). The best and
-worst of
-the seeds are shown with the median; labels are used for scoring only.
+Peers run at their defaults. Totals are 0.6 bio + 0.4 batch of the raw metrics (no min-max scaling): the median over the
+seeds, with the worst. Labels are used for scoring only.
 """
 
 from __future__ import annotations
@@ -162,7 +161,9 @@ def main() -> None:
     )
     if not args.no_write:
         command = "python -m benchmarks.integration --seeds 3"
-        write_section("Batch removal", __doc__, summarise(order.drop(columns="at")).round(3), command)
+        write_section(
+            "Batch removal", __doc__.split("\n\n", 2)[2], summarise(order.drop(columns="at")).round(3), command
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ def write_section(title: str, text: str, table: pd.DataFrame, command: str, imag
     where = f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
     parts = [
         f"## {title}",
-        text.split("\n\n")[0].strip(),
+        inspect.cleandoc(text),
         f"`{command}` · {datetime.date.today()} · {where}",
         _markdown(table),
     ]
