@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from sccvae.train import CellsBar, Schedule, default_max_epochs
+from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs
 
 # History
 
@@ -312,3 +313,15 @@ def test_progress_bar_is_closed_on_errors(error, monkeypatch):
     with contextlib.suppress(RuntimeError):
         train(an_ae(), progress_bar=True, callbacks=[Raise(error())])
     assert bars[0].disable  # tqdm's own mark of a closed bar
+
+
+def test_weights_of_the_warm_up_are_no_candidates():
+    module = torch.nn.Linear(1, 1)
+    best = BestWeights(warmup_steps=10)
+    for n_steps, value, kept in [(5, 1.0, None), (10, 3.0, 3.0), (15, 4.0, 3.0), (20, 2.0, 2.0)]:
+        with torch.no_grad():
+            module.weight.fill_(value)
+        trainer = SimpleNamespace(callback_metrics={"elbo_validation": torch.tensor(value)}, should_stop=False)
+        best.on_validation_end(trainer, SimpleNamespace(n_steps=n_steps, module=module))
+        assert (best.weights is None) if kept is None else float(best.weights["weight"]) == kept
+    assert best.best == 2.0

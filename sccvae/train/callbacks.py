@@ -19,7 +19,8 @@ class BestWeights(Callback):
     patience
         Epochs without a better one after which training stops; None never stops.
     warmup_steps
-        Optimiser steps before which patience does not count (the KL warm-up).
+        Optimiser steps before which nothing counts (the KL warm-up): a few cells with many counts can make the held-out
+        loss smallest after a handful of steps, when z holds next to nothing.
 
     Attributes
     ----------
@@ -42,11 +43,13 @@ class BestWeights(Callback):
                 f"{sorted(trainer.callback_metrics)}."
             )
             raise KeyError(msg)
+        if pl_module.n_steps < self.warmup_steps:
+            return
         value = float(trainer.callback_metrics[self.monitor])
         if value < self.best:
             self.best, self.waited = value, 0
             self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}
-        elif pl_module.n_steps > self.warmup_steps:
+        else:
             self.waited += 1
             trainer.should_stop |= self.patience is not None and self.waited >= self.patience
 
