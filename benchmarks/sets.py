@@ -18,7 +18,7 @@ class CellSet:
     """A set of labelled cells: its file, and the columns of batch and cell type."""
 
     name: str
-    batch_key: str
+    batch_key: str | None
     label_key: str = "cell_type"
 
 
@@ -26,6 +26,14 @@ MULTI_BATCH = [
     CellSet("mixology_3cl", "batch"),
     CellSet("kang2018_merged_labelled", "condition"),
     CellSet("kang2018_ctrl12k", "batch"),
+    CellSet("pancreas_panc8_small_int", "batch"),
+]
+LABELLED = [
+    CellSet("zheng2017_pbmc_facs", None),
+    CellSet("pbmc3k_labelled", None),
+    CellSet("kang2018_ctrl12k", "batch"),
+    CellSet("mixology_3cl", "batch"),
+    CellSet("kang2018_merged_labelled", "condition"),
     CellSet("pancreas_panc8_small_int", "batch"),
 ]
 
@@ -46,7 +54,7 @@ def load(cells: CellSet) -> ad.AnnData:
     """
     adata = ad.read_h5ad(data_dir() / f"{cells.name}.h5ad")
     adata.X = adata.X.astype(np.float32)
-    adata.obs = adata.obs[[cells.batch_key, cells.label_key]].astype(str).astype("category")
+    adata.obs = adata.obs[[k for k in (cells.batch_key, cells.label_key) if k]].astype(str).astype("category")
     sc.pp.filter_genes(adata, min_cells=3)
     adata.layers["logged"] = adata.X.copy()
     sc.pp.normalize_total(adata, target_sum=1e4, layer="logged")

@@ -26,11 +26,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "distributions": (set(), {"numpy", "torch"}),
     "nn": (set(), {"numpy", "torch"}),
     "module": ({"distributions", "nn"}, {"numpy", "torch"}),
-    "data": (set(), {"anndata", "numpy", "pandas", "scipy", "scvi", "torch"}),
+    "data": (set(), {"anndata", "numpy", "pandas", "rich", "scipy", "scvi", "torch"}),
     "datasets": (set(), {"anndata", "numpy", "pandas", "pooch", "scanpy", "scipy", "sklearn", "tqdm"}),
     "train": (
         {"data", "distributions", "module", "nn"},
-        {"lightning", "numpy", "pandas", "safetensors", "scvi", "torch", "tqdm"},
+        {"igraph", "lightning", "numpy", "pandas", "safetensors", "scipy", "scvi", "sklearn", "torch", "tqdm"},
     ),
     "model": (
         {"data", "datasets", "distributions", "module", "nn", "train"},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import rich.table
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import fields
@@ -20,6 +21,7 @@ def anndata_fields(
     size_factor_key: str | None = None,
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
+    unlabeled_category: str | None = None,
 ) -> list[fields.BaseAnnDataField]:
     """scvi-tools fields for the arguments of ``setup_anndata``; only what was named is registered.
 
@@ -31,6 +33,8 @@ def anndata_fields(
         ``obs`` columns, or None.
     categorical_covariate_keys, continuous_covariate_keys
         Lists of ``obs`` columns, or None.
+    unlabeled_category
+        Value of ``labels_key`` that stands for no label, or None.
 
     Returns
     -------
@@ -42,7 +46,7 @@ def anndata_fields(
     if batch_key is not None:
         found.append(fields.CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key))
     if labels_key is not None:
-        found.append(fields.CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key))
+        found.append(LabelsField(labels_key, unlabeled_category))
     if size_factor_key is not None:
         found.append(fields.NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key))
     if categorical_covariate_keys:
@@ -50,6 +54,65 @@ def anndata_fields(
     if continuous_covariate_keys:
         found.append(fields.NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, list(continuous_covariate_keys)))
     return found
+
+
+class LabelsField(fields.BaseAnnDataField):
+    """Class labels in ``obs``, some of which may be missing (NaN, or ``unlabeled_category``).
+
+    scvi-tools' own field refuses NaN. This one only notes the classes; codes are made when they are read.
+
+    Parameters
+    ----------
+    attr_key
+        Column of ``obs``.
+    unlabeled_category
+        Value that stands for no label, or None.
+    """
+
+    registry_key = REGISTRY_KEYS.LABELS_KEY
+    attr_name = "obs"
+    attr_key = None
+    is_empty = False
+
+    def __init__(self, attr_key: str, unlabeled_category: str | None = None) -> None:
+        super().__init__()
+        self.attr_key, self.unlabeled_category = attr_key, unlabeled_category
+
+    def validate_field(self, adata: AnnData) -> None:
+        """Check that the column is there; :func:`check_setup` says more."""
+        if self.attr_key not in adata.obs:
+            msg = f"There is no adata.obs[{self.attr_key!r}]; the columns are {list(adata.obs.columns)}."
+            raise KeyError(msg)
+
+    def register_field(self, adata: AnnData) -> dict:
+        """Note the classes: the categories in their order, else the sorted values."""
+        super().register_field(adata)
+        column = adata.obs[self.attr_key]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            classes = column.cat.remove_unused_categories().cat.categories
+        else:
+            classes = pd.Index(sorted(column.dropna().unique(), key=lambda v: (str(type(v)), v)))
+        classes = np.asarray([c for c in classes if str(c) != str(self.unlabeled_category)])
+        return {"categorical_mapping": classes, "unlabeled_category": self.unlabeled_category}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        """The classes of the training data stay."""
+        del kwargs
+        self.validate_field(adata_target)
+        return state_registry
+
+    def get_summary_stats(self, state_registry: dict) -> dict:
+        """Number of classes."""
+        return {"n_labels": len(state_registry["categorical_mapping"])}
+
+    def view_state_registry(self, state_registry: dict) -> rich.table.Table:
+        """A table of the classes."""
+        table = rich.table.Table(title=f"labels: obs[{self.attr_key!r}]")
+        table.add_column("class")
+        table.add_column("component")
+        for i, name in enumerate(state_registry["categorical_mapping"]):
+            table.add_row(str(name), str(i))
+        return table
 
 
 def check_setup(
@@ -60,6 +123,7 @@ def check_setup(
     size_factor_key: str | None = None,
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
+    unlabeled_category: str | None = None,
 ) -> None:
     """Check that everything named for ``setup_anndata`` is there and usable, before anything is written to ``adata``.
 
@@ -73,6 +137,8 @@ def check_setup(
         ``obs`` columns, or None.
     categorical_covariate_keys, continuous_covariate_keys
         Lists of ``obs`` columns, or None.
+    unlabeled_category
+        Value of ``labels_key`` that stands for no label, or None.
 
     Raises
     ------
@@ -112,9 +178,9 @@ def check_setup(
         if isinstance(keys, str):
             msg = f"{name} must be a list; write {name}=[{keys!r}]."
             raise TypeError(msg)
-    categorical = [batch_key, labels_key, *(categorical_covariate_keys or ())]
+    categorical = [batch_key, *(categorical_covariate_keys or ())]
     numerical = [size_factor_key, *(continuous_covariate_keys or ())]
-    for key in filter(None, [*categorical, *numerical]):
+    for key in filter(None, [*categorical, labels_key, *numerical]):
         if key not in adata.obs:
             msg = f"There is no adata.obs[{key!r}]; the columns are {list(adata.obs.columns)}."
             raise KeyError(msg)
@@ -126,6 +192,17 @@ def check_setup(
                 "category of their "
                 f"own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('unknown')`) or leave "
                 "these cells out."
+            )
+            raise ValueError(msg)
+    if unlabeled_category is not None and labels_key is None:
+        msg = f"unlabeled_category={unlabeled_category!r} needs labels_key, the obs column that it stands in."
+        raise ValueError(msg)
+    if labels_key is not None:
+        known = adata.obs[labels_key].dropna().astype(str)
+        if not (known != str(unlabeled_category)).any():
+            msg = (
+                f"adata.obs[{labels_key!r}] has no label at all: {len(known)} of {adata.n_obs} cells are "
+                f"{unlabeled_category!r}, the others NaN. Leave labels_key out."
             )
             raise ValueError(msg)
     for key in filter(None, numerical):
@@ -171,6 +248,10 @@ class Schema:
         ``obs`` column of the size factors, or None.
     batch_key, labels_key
         ``obs`` columns, or None.
+    classes
+        Classes of the labels in code order.
+    unlabeled_category
+        Value of ``labels_key`` that stands for no label, or None.
     """
 
     var_names: np.ndarray
@@ -180,6 +261,8 @@ class Schema:
     size_factor_key: str | None = None
     batch_key: str | None = None
     labels_key: str | None = None
+    classes: np.ndarray = field(default_factory=lambda: np.array([], dtype=object))
+    unlabeled_category: str | None = None
 
     @classmethod
     def from_registry(cls, registry: dict[str, Any]) -> Schema:
@@ -202,6 +285,8 @@ class Schema:
             size_factor_key=args.get("size_factor_key"),
             batch_key=args.get("batch_key"),
             labels_key=args.get("labels_key"),
+            classes=np.asarray(state(REGISTRY_KEYS.LABELS_KEY).get("categorical_mapping", np.array([], dtype=object))),
+            unlabeled_category=args.get("unlabeled_category"),
         )
 
     @property
@@ -237,6 +322,27 @@ class Schema:
             msg = (
                 f"adata.obs[{key!r}] is {what} in {len(new)} cells, which this model has not seen; it knows "
                 f"{[str(k) for k in known]}. Leave these cells out, map them to a known category, or train with them."
+            )
+            raise ValueError(msg)
+        return codes.astype(np.int64)
+
+    def label_codes(self, column: pd.Series) -> np.ndarray:
+        """Codes of class labels, (n,) int64; -1 for NaN and for the unlabeled category.
+
+        Raises
+        ------
+        ValueError
+            If a label is not one of the classes.
+        """
+        codes = pd.Index(self.classes.astype(str)).get_indexer(column.astype(object).astype(str))
+        unknown = (
+            (codes < 0) & column.notna().to_numpy() & (column.astype(str) != str(self.unlabeled_category)).to_numpy()
+        )
+        if unknown.any():
+            new = sorted(set(column[unknown].astype(str)))
+            msg = (
+                f"adata.obs[{column.name!r}] holds {new}, which are not among the classes of the model: "
+                f"{[str(c) for c in self.classes]}. Set them to NaN to leave these cells unlabelled."
             )
             raise ValueError(msg)
         return codes.astype(np.int64)

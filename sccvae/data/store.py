@@ -22,10 +22,13 @@ class CellStore:
     ----------
     cells
         The arrays; not copied.
+    labels
+        Class of each cell, (n,) int64, -1 for unknown; None for no classes.
     """
 
-    def __init__(self, cells: Cells) -> None:
+    def __init__(self, cells: Cells, labels: np.ndarray | None = None) -> None:
         self.cells = cells
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -36,9 +39,10 @@ class CellStore:
         return self.cells.x.shape[1]
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Rows as tensors on the CPU: ``x`` (n, G) dense, ``codes``, ``covariates``, ``library``."""
+        """Rows as tensors on the CPU: ``x`` (n, G) dense, ``codes``, ``covariates``, ``library``, any ``labels``."""
         x = self.cells.x[rows]
-        return {
+        labels = {} if self.labels is None else {"labels": torch.from_numpy(self.labels[rows])}
+        return labels | {
             "x": torch.from_numpy(x.toarray() if sparse.issparse(x) else x),
             "codes": torch.from_numpy(self.cells.codes[rows]),
             "covariates": torch.from_numpy(self.cells.covariates[rows]),

@@ -3,7 +3,13 @@
 from sccvae.distributions._base import LIKELIHOODS, Likelihood, Observation, as_likelihood, register
 from sccvae.distributions.continuous import Bernoulli, Normal, log_bernoulli, log_normal
 from sccvae.distributions.counts import ZINB, NegativeBinomial, Poisson, log_nb, log_poisson, log_zinb
-from sccvae.distributions.kl import kl_normal, kl_standard_normal
+from sccvae.distributions.kl import (
+    expected_log_probability,
+    kl_categorical,
+    kl_dirichlet,
+    kl_normal,
+    kl_standard_normal,
+)
 
 __all__ = [
     "LIKELIHOODS",
@@ -15,6 +21,9 @@ __all__ = [
     "Observation",
     "Poisson",
     "as_likelihood",
+    "expected_log_probability",
+    "kl_categorical",
+    "kl_dirichlet",
     "kl_normal",
     "kl_standard_normal",
     "log_bernoulli",

@@ -38,3 +38,55 @@ def kl_standard_normal(loc: Tensor, scale: Tensor) -> Tensor:
     (...,) sum over the d latent dimensions; never negative, but for rounding.
     """
     return 0.5 * (scale.square() + loc.square() - 1 - 2 * torch.log(scale)).sum(-1)
+
+
+def kl_categorical(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(Cat(q) || Cat(p)) in nats.
+
+    Parameters
+    ----------
+    log_q, log_p
+        Log-probabilities, (..., K), floating; those of p are broadcast. An expectation of log p under a distribution of
+        p gives the expected divergence.
+
+    Returns
+    -------
+    (...,) sum over the K classes.
+    """
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def kl_dirichlet(concentration_q: Tensor, concentration_p: Tensor) -> Tensor:
+    """KL(Dir(a) || Dir(b)) in nats.
+
+    Parameters
+    ----------
+    concentration_q, concentration_p
+        Concentrations a and b, (..., K), positive, floating.
+
+    Returns
+    -------
+    (...,) never negative, but for rounding.
+
+    References
+    ----------
+    Penny 2001, Kullback-Leibler divergences of normal, gamma, Dirichlet and Wishart densities, section 3.
+    """
+    a, b = torch.broadcast_tensors(concentration_q, concentration_p)
+    normaliser = torch.lgamma(a.sum(-1)) - torch.lgamma(b.sum(-1)) + (torch.lgamma(b) - torch.lgamma(a)).sum(-1)
+    return normaliser + ((a - b) * expected_log_probability(a)).sum(-1)
+
+
+def expected_log_probability(concentration: Tensor) -> Tensor:
+    """E[log d] for d ~ Dir(concentration), (..., K) nats: digamma of each minus that of their sum.
+
+    Parameters
+    ----------
+    concentration
+        (..., K), positive, floating.
+
+    Returns
+    -------
+    (..., K).
+    """
+    return torch.digamma(concentration) - torch.digamma(concentration.sum(-1, keepdim=True))

@@ -29,7 +29,7 @@ from sccvae.data import (
 )
 from sccvae.model._saving import SavingMixin
 from sccvae.module import Batch, GenerativeModule
-from sccvae.train import fit
+from sccvae.train import TrainingResult, fit
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         size_factor_key: str | None = None,
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
+        unlabeled_category: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Say where the model's inputs lie in ``adata``.
@@ -107,13 +108,15 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         batch_key
             ``obs`` column of the batch (the first condition).
         labels_key
-            ``obs`` column of class labels.
+            ``obs`` column of class labels; NaN where a cell has none. Only the :class:`GMVAE` uses them.
         size_factor_key
             ``obs`` column of positive size factors, used in place of the sum of counts.
         categorical_covariate_keys
             More ``obs`` columns of categorical conditions.
         continuous_covariate_keys
             ``obs`` columns of continuous conditions; standardised inside the model.
+        unlabeled_category
+            Value of ``labels_key`` that stands for no label, such as ``"Unknown"``.
         **kwargs
             For ``AnnDataManager.register_fields``.
 
@@ -190,13 +193,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         FloatingPointError
             If the loss stops being finite; the model then has its best weights.
         """
-        if self.adata is None:
-            msg = (
-                f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, "
-                "adata=adata)` to train."
-            )
-            raise ValueError(msg)
-        store = self._store(self.adata)
+        store = self._training_store()
         self.train_indices, self.validation_indices, self.test_indices = split_indices(
             len(store), train_size, validation_size, seed
         )
@@ -221,6 +218,18 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             callbacks=callbacks,
             **trainer_options,
         )
+        self._finish_training(result)
+
+    def _training_store(self) -> CellStore:
+        if self.adata is None:
+            msg = (
+                f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, "
+                "adata=adata)` to train."
+            )
+            raise ValueError(msg)
+        return self._store(self.adata)
+
+    def _finish_training(self, result: TrainingResult) -> None:
         if result.trainer is not None:
             self.module.to(result.trainer.strategy.root_device)
         self.trainer = result.trainer

@@ -65,24 +65,12 @@ class SamplingMixin:
     ) -> AnnData:
         """Cells with these codes (n, n_keys) and library sizes (n, 1); ``center`` puts z at the mean of its prior."""
         module, schema = self.module.eval(), self.schema
-        device = module.device
         parts, latents = [], []
         counts = module.likelihood.support == "counts"
         with evaluating(seed):
             for rows in np.array_split(np.arange(len(codes)), max(1, -(-len(codes) // INFERENCE_BATCH))):
-                covariates = torch.zeros(len(rows), len(schema.continuous), device=device)
-                if schema.continuous and hasattr(module, "conditions"):
-                    covariates = covariates + module.conditions.center
-                x = torch.zeros(
-                    len(rows), len(schema.var_names), device=device
-                )  # not read: only its type and device are
-                batch = Batch(
-                    x, torch.from_numpy(codes[rows]).to(device), covariates, torch.from_numpy(library[rows]).to(device)
-                )
-                p = module.prior(batch)["z"]
-                shape = (len(rows), self.settings["n_latent"])
-                loc, scale = p.loc.expand(shape), p.scale.expand(shape)
-                z = loc if center else loc + scale * torch.randn(shape, device=device)
+                batch = self._empty_batch(codes[rows], library[rows])
+                z = self._prior_z(batch, rows, center=center)
                 p_x = module.generative({"z": z}, batch)
                 values = (p_x.mean if mean else p_x.sample()).cpu().numpy()
                 parts.append(sparse.csr_matrix(values) if counts else values)
@@ -106,3 +94,20 @@ class SamplingMixin:
         if "image_shape" in self.reference:
             generated.uns["image_shape"] = list(self.reference["image_shape"])
         return generated
+
+    def _prior_z(self, batch: Batch, rows: np.ndarray, *, center: bool) -> torch.Tensor:
+        """Draws of z from its prior, or its mean, (len(rows), d)."""
+        p = self.module.prior(batch)["z"]
+        shape = (len(rows), self.settings["n_latent"])
+        loc, scale = p.loc.expand(shape), p.scale.expand(shape)
+        return loc if center else loc + scale * torch.randn(shape, device=loc.device)
+
+    def _empty_batch(self, codes: np.ndarray, library: np.ndarray | None = None) -> Batch:
+        """A batch with these codes (n, n_keys) whose x is not read; continuous covariates stand at their mean."""
+        n, device = len(codes), self.module.device
+        covariates = torch.zeros(n, len(self.schema.continuous), device=device)
+        if self.schema.continuous and hasattr(self.module, "conditions"):
+            covariates = covariates + self.module.conditions.center
+        library = np.ones((n, 1), np.float32) if library is None else library
+        x = torch.zeros(n, len(self.schema.var_names), device=device)
+        return Batch(x, torch.from_numpy(codes).to(device), covariates, torch.from_numpy(library).to(device))

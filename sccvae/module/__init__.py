@@ -4,6 +4,7 @@ from sccvae.module._base import Batch, GenerativeModule, LatentVariableModule
 from sccvae.module._factorization import Factor, Factorization
 from sccvae.module.ae import AE
 from sccvae.module.cvae import CVAE
+from sccvae.module.gmvae import GMVAE
 from sccvae.module.vae import VAE
 
-__all__ = ["AE", "CVAE", "VAE", "Batch", "Factor", "Factorization", "GenerativeModule", "LatentVariableModule"]
+__all__ = ["AE", "CVAE", "GMVAE", "VAE", "Batch", "Factor", "Factorization", "GenerativeModule", "LatentVariableModule"]

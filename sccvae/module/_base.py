@@ -29,19 +29,24 @@ class Batch:
         Continuous covariates, (n, n_continuous) floating. (n, 0) if there is none.
     library
         Library size of each observation, (n, 1) floating; counts.
+    labels
+        Class of each observation, (n,) int64, -1 where it is not known; None if no class is.
     """
 
     x: Tensor
     codes: Tensor
     covariates: Tensor
     library: Tensor
+    labels: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, codes: Tensor | None = None, covariates: Tensor | None = None) -> Batch:
-        """Make a batch from data (n, G) and, optionally, conditions: codes (n,) or (n, n_keys), covariates (n, m)."""
+    def of(
+        cls, x: Tensor, codes: Tensor | None = None, covariates: Tensor | None = None, labels: Tensor | None = None
+    ) -> Batch:
+        """Make a batch from data (n, G) and, optionally, codes (n,) or (n, n_keys), covariates (n, m), labels (n,)."""
         empty = x.new_zeros(len(x), 0)
         codes = empty.long() if codes is None else codes.reshape(len(x), -1)
-        return cls(x, codes, empty if covariates is None else covariates, x.sum(-1, keepdim=True))
+        return cls(x, codes, empty if covariates is None else covariates, x.sum(-1, keepdim=True), labels)
 
     @property
     def batch_index(self) -> Tensor | None:
@@ -90,18 +95,49 @@ class GenerativeModule(nn.Module, ABC):
         Returns
         -------
         The mean over the batch of the weighted sum of terms (rule 2.2), a scalar with gradient; and the batch means of
-        every term, of ``elbo`` (the unweighted sum, a negative ELBO) and of ``loss``, detached.
+        every term, of ``elbo`` (the unweighted sum, a negative ELBO), of every penalty and of ``loss``, detached.
         """
         terms = self.elbo_terms(batch)
         means = {name: term.mean() for name, term in terms.items()}
         objective = sum(kl_weight * m if name.startswith("kl_") else m for name, m in means.items())
         report = {name: m.detach() for name, m in means.items()}
         report["elbo"] = sum(report.values())
+        if self.training:
+            penalties = self.penalties(batch)
+            objective = sum(penalties.values(), objective)
+            report |= {name: p.detach() for name, p in penalties.items()}
         report["loss"] = objective.detach()
         return objective, report
 
+    def penalties(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted scalars that are added to the loss in training and are no part of the ELBO; none by default."""
+        del batch
+        return {}
 
-class LatentVariableModule(GenerativeModule, ABC):
+
+class EvidenceModule(GenerativeModule, ABC):
+    """A model whose evidence can be bounded by importance sampling."""
+
+    @abstractmethod
+    def log_weights(self, batch: Batch, n_samples: int) -> Tensor:
+        """Log importance weights log p(x,latents|c) - log q(latents|x,c) of draws from q, (n_samples, n) in nats.
+
+        Their log-mean-exp is a lower bound of log p(x|c) that tightens with the number of samples (Burda et al. 2016).
+        """
+
+    def marginal_ll(self, batch: Batch, n_samples: int, chunk: int) -> Tensor:
+        """Importance-weighted bound of log p(x|c), (n,) in nats, with at most ``chunk`` draws in memory at a time."""
+        if n_samples < 1:
+            msg = f"The bound needs at least one draw of z, not {n_samples}."
+            raise ValueError(msg)
+        total = batch.x.new_full((len(batch.x),), -math.inf)
+        for start in range(0, n_samples, chunk):
+            log_w = self.log_weights(batch, min(chunk, n_samples - start))
+            total = torch.logaddexp(total, log_w.logsumexp(0))
+        return total - math.log(n_samples)
+
+
+class LatentVariableModule(EvidenceModule, ABC):
     """A model whose latent variables all have a normal posterior and a normal prior.
 
     A plate gives ``inference``, ``prior`` and ``generative``; the ELBO (equation 4.8) follows.
@@ -145,25 +181,11 @@ class LatentVariableModule(GenerativeModule, ABC):
         return (q.log_prob(draws) - p.log_prob(draws)).sum(-1).mean(0)
 
     def log_weights(self, batch: Batch, n_samples: int) -> Tensor:
-        """Log importance weights log p(x,z|c) - log q(z|x,c) of draws from q, (n_samples, n) in nats.
-
-        Their log-mean-exp is a lower bound of log p(x|c) that tightens with the number of samples (Burda et al. 2016).
-        """
+        """Log importance weights log p(x,z|c) - log q(z|x,c) of draws from q, (n_samples, n) in nats."""
         q, p = self.inference(batch), self.prior(batch)
         z = {name: d.sample((n_samples,)) for name, d in q.items()}
         log_w = self.generative(z, batch).log_prob(batch.x)
         return log_w + sum((p[v].log_prob(z[v]) - q[v].log_prob(z[v])).sum(-1) for v in z)
-
-    def marginal_ll(self, batch: Batch, n_samples: int, chunk: int) -> Tensor:
-        """Importance-weighted bound of log p(x|c), (n,) in nats, with at most ``chunk`` draws in memory at a time."""
-        if n_samples < 1:
-            msg = f"The bound needs at least one draw of z, not {n_samples}."
-            raise ValueError(msg)
-        total = batch.x.new_full((len(batch.x),), -math.inf)
-        for start in range(0, n_samples, chunk):
-            log_w = self.log_weights(batch, min(chunk, n_samples - start))
-            total = torch.logaddexp(total, log_w.logsumexp(0))
-        return total - math.log(n_samples)
 
 
 def standard_normal(x: Tensor) -> Normal:

@@ -1,5 +1,6 @@
 """Networks: conditioned layers, encoders, decoders' bodies, corruption. On torch alone."""
 
+from sccvae.nn.adversarial import virtual_adversarial_penalty
 from sccvae.nn.conditions import ConditionedLinear, Conditions
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes
@@ -14,4 +15,5 @@ __all__ = [
     "Masking",
     "as_corruption",
     "check_sizes",
+    "virtual_adversarial_penalty",
 ]

@@ -168,5 +168,8 @@ class GaussianEncoder(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Normal:
         """The normal for x (..., n, n_in) and c (n, n_cond): loc and scale (..., n, n_latent)."""
-        h = self.body(x, c)
+        return self.head(self.body(x, c))
+
+    def head(self, h: Tensor) -> Normal:
+        """The normal for the output h (..., n, n_out) of the body."""
         return Normal(self.loc(h), softplus(self.scale(h)) + self.MIN_SCALE, validate_args=False)

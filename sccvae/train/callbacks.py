@@ -68,10 +68,12 @@ class CellsBar(Callback):
         Training cells of an epoch.
     max_epochs
         Most epochs.
+    name
+        Said before the epoch.
     """
 
-    def __init__(self, n_cells: int, max_epochs: int) -> None:
-        self.n_cells, self.max_epochs = n_cells, max_epochs
+    def __init__(self, n_cells: int, max_epochs: int, name: str = "") -> None:
+        self.n_cells, self.max_epochs, self.name = n_cells, max_epochs, name
         self.bar: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +84,9 @@ class CellsBar(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
         """Count the cells of the chunk."""
-        self.bar.set_description(f"Epoch {len(pl_module.rows) + 1}/{self.max_epochs}", refresh=False)
+        self.bar.set_description(
+            f"{self.name} epoch {len(pl_module.rows) + 1}/{self.max_epochs}".lstrip().capitalize(), refresh=False
+        )
         if pl_module.rows:
             shown = {part: pl_module.rows[-1].get(f"elbo_{part}") for part in ("train", "validation")}
             self.bar.set_postfix({k: f"{v:.1f}" for k, v in shown.items() if v is not None}, refresh=False)

@@ -68,6 +68,8 @@ def fit(
     seed: int = 0,
     progress_bar: bool = True,
     callbacks: Sequence[Callback] = (),
+    restore_best: bool = True,
+    description: str = "",
     **trainer_options: Any,
 ) -> TrainingResult:
     """Train ``module`` in place; it ends with the weights of its best epoch, in evaluation mode, on the CPU.
@@ -102,6 +104,10 @@ def fit(
         Show epoch, losses and cells per second.
     callbacks
         More Lightning callbacks.
+    restore_best
+        End with the weights of the best validation epoch, else with the last ones.
+    description
+        What the progress bar calls this training.
     **trainer_options
         For ``lightning.Trainer``, for example ``logger=``.
 
@@ -134,13 +140,13 @@ def fit(
     schedule = Schedule(steps * max_epochs, kl_weight, kl_warmup)
     plan = TrainingPlan(module, schedule, lr=lr, weight_decay=weight_decay)
     best = None
-    if len(validation_rows):
+    if len(validation_rows) and (early_stopping or restore_best):
         if early_stopping and patience is None:
             patience = max(PATIENCE_EPOCHS, math.ceil(PATIENCE_STEPS / steps))
         best = BestWeights(patience=patience if early_stopping else None, warmup_steps=schedule.warmup_steps)
     used = [*callbacks, *filter(None, [best])]
     if progress_bar:
-        used.append(CellsBar(len(train_rows), max_epochs))
+        used.append(CellsBar(len(train_rows), max_epochs, description))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _quiet_lightning():
         torch.manual_seed(seed)
         checkpoint = None
@@ -188,7 +194,7 @@ def fit(
             raise
         finally:
             module.cpu()
-            if best is not None and not interrupted:
+            if best is not None and restore_best and not interrupted:
                 best.restore(module)
             module.eval()
     if interrupted:

@@ -1,0 +1,256 @@
+"""The Gaussian-mixture variational autoencoder on AnnData."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from lightning import Callback
+
+from sccvae import module
+from sccvae.data import CellStore, split_indices
+from sccvae.distributions import Likelihood
+from sccvae.model._base import BaseModel, settings_of
+from sccvae.model._clustering import MixtureMixin
+from sccvae.model._correction import CorrectionMixin
+from sccvae.model._latent import VariationalMixin
+from sccvae.model._sampling import SamplingMixin
+from sccvae.module import Batch
+from sccvae.train import fit_mixture
+
+logger = logging.getLogger(__name__)
+
+
+class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
+    """Gaussian-mixture VAE with a Dirichlet prior: finds clusters in its latent space by itself.
+
+    With conditions (``batch_key`` and covariates) it is conditional: clusters run across batches. With ``labels_key``
+    it is semi-supervised: cells with a label take its component, those without are clustered.
+
+    Parameters
+    ----------
+    adata
+        AnnData after ``GMVAE.setup_anndata``.
+    n_components
+        Number K of components; None lets the training choose it (with labels: one for each class).
+    prior, alpha, w_prior, classifier, consistency, masking, n_w
+        As for :class:`sccvae.module.GMVAE`.
+    likelihood, n_latent, n_hidden, n_layers, activation, norm, dropout, skip, seed, registry
+        As for :class:`VAE`.
+
+    Examples
+    --------
+    >>> sccvae.model.GMVAE.setup_anndata(adata, layer="counts", batch_key="batch")
+    >>> model = sccvae.model.GMVAE(adata)
+    >>> model.train()
+    >>> adata.obsm["X_gmvae"] = model.get_latent_representation()
+    >>> adata.obs["gmvae"] = model.predict()
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        *,
+        n_components: int | None = None,
+        prior: Literal["dirichlet", "uniform"] = "dirichlet",
+        alpha: float = 1.0,
+        w_prior: Literal["fixed", "learned"] = "fixed",
+        classifier: Literal["zx", "z"] = "zx",
+        consistency: float = 1.0,
+        masking: float = 0.3,
+        likelihood: str | dict | Likelihood = "nb",
+        n_latent: int = 10,
+        n_w: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        activation: str = "relu",
+        norm: Literal["batch", "layer"] | None = "batch",
+        dropout: float = 0.0,
+        skip: bool = False,
+        seed: int = 0,
+        registry: dict | None = None,
+    ) -> None:
+        super().__init__(adata, registry, seed, settings_of(locals()))
+        classes = self.classes
+        if n_components is not None and n_components < len(classes):
+            msg = (
+                f"n_components={n_components}, but adata.obs[{self.schema.labels_key!r}] has {len(classes)} classes "
+                f"({classes[:5]}...): each needs a component of its own. Raise n_components, or leave it None."
+            )
+            raise ValueError(msg)
+
+    def _make_module(self) -> module.GMVAE:
+        settings = dict(self.settings)
+        settings["n_components"] = settings["n_components"] or max(1, len(self.classes))
+        schema = self.schema
+        return module.GMVAE(
+            len(schema.var_names),
+            settings.pop("n_components"),
+            n_categories=schema.n_categories,
+            n_continuous=len(schema.continuous),
+            **settings,
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes of ``labels_key``, in the order of the components; empty without labels."""
+        return [str(c) for c in self.schema.classes]
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        guide: str | Sequence | None = None,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        kl_weight: float = 1.0,
+        kl_warmup: float = 0.2,
+        train_size: float = 0.9,
+        validation_size: float | None = None,
+        early_stopping: bool = True,
+        patience: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] = 1,
+        checkpoint_dir: str | Path | None = None,
+        seed: int = 0,
+        progress_bar: bool = True,
+        callbacks: Sequence[Callback] = (),
+        **trainer_options: Any,
+    ) -> None:
+        """Warm up as a VAE, place the components at graph clusters, train guided by them, then free.
+
+        Parameters
+        ----------
+        max_epochs
+            Epochs of the warm-up; None for about 6,000 optimiser steps. The guided phase takes a third, the free one a
+            quarter of it.
+        guide
+            Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
+            none). Unlike ``labels_key``, they only start the clusters.
+        batch_size, lr, weight_decay, kl_weight, kl_warmup, train_size, validation_size, accelerator, devices
+            As for :meth:`BaseModel.train`.
+        early_stopping, patience
+            As for :meth:`BaseModel.train`; of the warm-up.
+        checkpoint_dir, seed, progress_bar, callbacks, **trainer_options
+            As for :meth:`BaseModel.train`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            If the guide does not fit, and as for :meth:`BaseModel.train`.
+        FloatingPointError
+            If the loss stops being finite.
+        """
+        cells = self._training_store()
+        store = CellStore(cells.cells, self._known_labels())
+        first = self._guide_labels(guide)
+        self.train_indices, self.validation_indices, self.test_indices = split_indices(
+            len(store), train_size, validation_size, seed
+        )
+        choose = self.settings["n_components"] is None
+        if first is not None and not choose and first.max() >= self.module.n_components:
+            msg = (
+                f"guide has {first.max() + 1} clusters, n_components={self.module.n_components}; make it at least that."
+            )
+            raise ValueError(msg)
+        result = fit_mixture(
+            self.module,
+            store,
+            self.train_indices,
+            self.validation_indices,
+            guide=first,
+            choose_components=choose,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            kl_weight=kl_weight,
+            kl_warmup=kl_warmup,
+            early_stopping=early_stopping,
+            patience=patience,
+            accelerator=accelerator,
+            devices=devices,
+            checkpoint_dir=checkpoint_dir,
+            seed=seed,
+            progress_bar=progress_bar,
+            callbacks=callbacks,
+            **trainer_options,
+        )
+        self.settings["n_components"] = self.module.n_components
+        self._finish_training(result.training)
+
+    def _known_labels(self) -> np.ndarray | None:
+        key = self.schema.labels_key
+        return None if key is None else self.schema.label_codes(self.adata.obs[key])
+
+    def _guide_labels(self, guide: str | Sequence | None) -> np.ndarray | None:
+        """The user's guide as codes (n,), the labels of ``labels_key`` put first."""
+        if guide is None:
+            return None
+        if isinstance(guide, str):
+            if guide not in self.adata.obs:
+                msg = f"guide={guide!r}: there is no such column; adata.obs has {list(self.adata.obs.columns)}."
+                raise KeyError(msg)
+            guide = self.adata.obs[guide]
+        values = pd.Series(np.asarray(guide, dtype=object))
+        if len(values) != self.adata.n_obs:
+            msg = f"guide has {len(values)} values, adata {self.adata.n_obs} cells."
+            raise ValueError(msg)
+        names = pd.Index(sorted({str(v) for v in values.dropna()}))
+        names = pd.Index(self.classes).append(names.difference(self.classes, sort=False))
+        codes = names.get_indexer(values.where(values.isna(), values.astype(str)))
+        if (codes < 0).all():
+            msg = "guide has no value at all (all NaN); leave it None for a graph clustering."
+            raise ValueError(msg)
+        return codes.astype(np.int64)
+
+    def sample(
+        self, n: int, *, component: Any | None = None, batch: Any | None = None, mean: bool = False, seed: int = 0
+    ) -> AnnData:
+        """Generate ``n`` cells that never existed: w, then a component, then z, then x.
+
+        Parameters
+        ----------
+        n
+            Number of cells.
+        component
+            Name of the component (see ``predict``) of all of them; None draws one for each cell, as often as in the
+            training data.
+        batch, mean, seed
+            As for :meth:`VAE.sample`.
+
+        Returns
+        -------
+        AnnData (n, genes): X as for :meth:`VAE.sample`; ``obs["component"]``; ``obsm["z"]``.
+
+        Raises
+        ------
+        ValueError
+            If the component or batch is not known, or ``n`` is not positive.
+        """
+        rng = np.random.default_rng([seed, 1])
+        if component is None:
+            shares = np.asarray(self.reference.get("component_shares") or np.ones(self.n_components))
+            self._drawn = rng.choice(self.n_components, max(n, 1), p=shares / shares.sum())
+        else:
+            self._drawn = np.full(max(n, 1), self._component_code(component))
+        try:
+            generated = super().sample(n, batch=batch, mean=mean, seed=seed)
+            generated.obs["component"] = pd.Categorical.from_codes(self._drawn, categories=self.component_names)
+        finally:
+            del self._drawn
+        return generated
+
+    def _prior_z(self, batch: Batch, rows: np.ndarray, *, center: bool) -> torch.Tensor:
+        p_w = self.module.prior_w(batch)
+        w = p_w.loc if center else p_w.loc + p_w.scale * torch.randn(len(rows), self.module.n_w, device=batch.x.device)
+        p_z = self.module.components(w)
+        own = torch.arange(len(rows)), torch.from_numpy(self._drawn[rows])
+        return p_z.loc[own] if center else p_z.loc[own] + p_z.scale[own] * torch.randn_like(p_z.loc[own])

@@ -1,0 +1,45 @@
+"""Virtual adversarial training: a classifier that does not change where the data hardly do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Length of the perturbation as a share of the length of the input; MNIST and Miyato's 2.0 give 0.22.
+RELATIVE_LENGTH = 0.2
+
+
+def virtual_adversarial_penalty(log_q: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Mean KL(q(y|x) || q(y|x + r)) over the batch, r being the small change that changes q most.
+
+    The direction of r is found by one power iteration; its length is a fifth of that of x, cell by cell.
+
+    Parameters
+    ----------
+    log_q
+        Log-probabilities (n, K) for inputs (n, G).
+    x
+        The inputs, (n, G).
+
+    Returns
+    -------
+    A scalar with gradient, in nats. q(y|x) itself is taken as given.
+
+    References
+    ----------
+    Miyato, Maeda, Koyama, Ishii 2018, Virtual adversarial training, IEEE TPAMI, equations 5 to 14; for clustering: Hu,
+    Miyato, Tokui, Matsumoto, Sugiyama 2017, IMSAT, ICML.
+    """
+    x = x.detach()
+    with torch.no_grad():
+        target = log_q(x)
+    length = RELATIVE_LENGTH * x.norm(dim=1, keepdim=True)
+
+    def divergence(r: Tensor) -> Tensor:
+        return (target.exp() * (target - log_q(x + r))).sum(1).mean()
+
+    direction = torch.nn.functional.normalize(torch.randn_like(x), dim=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(divergence(0.05 * length * direction), direction)
+    return divergence(length * torch.nn.functional.normalize(gradient, dim=1))

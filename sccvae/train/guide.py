@@ -1,0 +1,232 @@
+"""The guide: first labels for a mixture, from a graph clustering (kNN + Leiden) of a latent space."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+
+import igraph
+import numpy as np
+from scipy import sparse
+from sklearn.metrics import adjusted_rand_score
+from sklearn.neighbors import NearestNeighbors
+
+logger = logging.getLogger(__name__)
+
+#: Cells that the graph holds at most; the others stay without a guide and are clustered by the model.
+MAX_CELLS = 60_000
+#: Resolutions searched for a number of clusters, and trials of the search.
+RESOLUTIONS, TRIALS = (0.005, 10.0), 16
+#: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
+MIN_CELLS, MIN_SHARE = 5, 0.002
+
+
+@dataclass
+class Guide:
+    """Labels for cells, some without.
+
+    Attributes
+    ----------
+    labels
+        Cluster of each cell, (n,) int64; -1 for none.
+    n_clusters
+        Number of clusters.
+    """
+
+    labels: np.ndarray
+    n_clusters: int
+
+
+def neighbor_graph(z: np.ndarray, n_neighbors: int = 15) -> sparse.csr_matrix:
+    """Nearest-neighbour graph, an edge weighing the share of neighbours that its ends have in common (Jaccard).
+
+    Parameters
+    ----------
+    z
+        Coordinates, (n, d).
+    n_neighbors
+        Neighbours of each cell besides itself.
+
+    Returns
+    -------
+    Symmetric (n, n) CSR of weights in (0, 1], without a diagonal.
+
+    References
+    ----------
+    Levine et al. 2015, PhenoGraph, Cell 162.
+    """
+    k = min(n_neighbors, len(z) - 1) + 1
+    nearest = NearestNeighbors(n_neighbors=k).fit(z).kneighbors_graph(z).tocsr()
+    shared = (nearest @ nearest.T).multiply(nearest).tocsr()
+    shared.data = shared.data / (2 * k - shared.data)
+    shared.setdiag(0)
+    shared.eliminate_zeros()
+    return shared.maximum(shared.T).tocsr()
+
+
+class Communities:
+    """Leiden communities of a graph at any resolution.
+
+    Parameters
+    ----------
+    graph
+        As from :func:`neighbor_graph`.
+    seed
+        Of Leiden's random order.
+    """
+
+    def __init__(self, graph: sparse.csr_matrix, seed: int = 0) -> None:
+        upper = sparse.triu(graph, 1).tocoo()
+        self.graph = igraph.Graph(n=graph.shape[0], edges=np.column_stack([upper.row, upper.col]))
+        self.weights = upper.data
+        self.seed = seed
+
+    def at(self, resolution: float, seed: int | None = None) -> Guide:
+        """Communities by modularity (Traag et al. 2019), the largest first; tiny ones get no label."""
+        igraph.set_random_number_generator(random.Random(self.seed if seed is None else seed))
+        try:
+            found = self.graph.community_leiden(
+                "modularity", weights=self.weights, resolution=resolution, n_iterations=4
+            )
+        finally:
+            igraph.set_random_number_generator(random)
+        return by_size(np.asarray(found.membership))
+
+    def with_clusters(self, n_clusters: int) -> Guide:
+        """Communities at a resolution that gives ``n_clusters`` of them; else the next more, the closest merged."""
+        low, high = np.log(RESOLUTIONS)
+        at, best = np.log(0.5), None
+        for _ in range(TRIALS):
+            guide = self.at(float(np.exp(at)))
+            if guide.n_clusters == n_clusters:
+                return guide
+            if guide.n_clusters > n_clusters:
+                high = at
+                best = guide if best is None or guide.n_clusters < best.n_clusters else best
+            else:
+                low = at
+            at = (low + high) / 2
+        if best is None:
+            return guide  # the cells do not fall into that many
+        return self._merged(best, n_clusters)
+
+    def stable(self, resolutions: tuple[float, ...] = (0.2, 0.35, 0.5, 0.7, 1.0, 1.4)) -> Guide:
+        """Communities at the resolution where another random order finds the same ones; among equals the finest."""
+        found = []
+        for resolution in resolutions:
+            guides = [self.at(resolution, self.seed + i) for i in range(3)]
+            agreement = np.mean([adjusted_rand_score(guides[0].labels, g.labels) for g in guides[1:]])
+            found.append((agreement, guides[0]))
+            logger.info("resolution %g: %d clusters, stability %.3f", resolution, guides[0].n_clusters, agreement)
+        best = max(agreement for agreement, guide in found if guide.n_clusters > 1 or agreement < 2)
+        return max(
+            (guide for agreement, guide in found if agreement >= best - 0.05), key=lambda guide: guide.n_clusters
+        )
+
+    def _merged(self, guide: Guide, n_clusters: int) -> Guide:
+        labels = guide.labels.copy()
+        while True:
+            n = labels.max() + 1
+            if n <= n_clusters:
+                return Guide(labels, n)
+            ends = np.asarray(self.graph.get_edgelist())
+            inside = (labels[ends] >= 0).all(1)
+            a, b = labels[ends[inside]].T
+            links = np.zeros((n, n))
+            np.add.at(links, (a, b), np.asarray(self.weights)[inside])
+            links += links.T
+            degree = links.sum(1) + 1e-9
+            share = links / np.minimum.outer(degree, degree)
+            np.fill_diagonal(share, -1)
+            i, j = np.unravel_index(share.argmax(), share.shape)
+            labels[labels == max(i, j)] = min(i, j)
+            labels = by_size(labels).labels
+
+
+def by_size(labels: np.ndarray) -> Guide:
+    """Number clusters from the largest on; tiny ones, and what had a negative label, get -1.
+
+    Parameters
+    ----------
+    labels
+        Any whole numbers, (n,).
+
+    Returns
+    -------
+    A guide.
+    """
+    names, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    keep = (names >= 0) & (counts >= max(MIN_CELLS, MIN_SHARE * len(labels)))
+    if not keep.any():
+        keep = names >= 0
+    order = np.argsort(-np.where(keep, counts, -1), kind="stable")
+    rank = np.full(len(names), -1)
+    rank[order[: keep.sum()]] = np.arange(keep.sum())
+    return Guide(rank[inverse].astype(np.int64), int(keep.sum()))
+
+
+def spread(graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, *, steps: int = 50) -> np.ndarray:
+    """Spread known labels along a graph, as heat that the labelled cells hold.
+
+    Parameters
+    ----------
+    graph
+        As from :func:`neighbor_graph`.
+    labels
+        Class of each cell, (n,) int64; -1 for unknown.
+    n_classes
+        Number of classes.
+    steps
+        Steps of the spread.
+
+    Returns
+    -------
+    (n, n_classes) float64, rows summing to 1, or to 0 where no label can reach.
+
+    References
+    ----------
+    Zhou et al. 2003, Learning with local and global consistency, NeurIPS, with alpha = 0.99; classes are brought to the
+    shares of the known labels (class mass normalisation, Zhu et al. 2003).
+    """
+    start = np.zeros((len(labels), n_classes))
+    known = np.flatnonzero(labels >= 0)
+    start[known, labels[known]] = 1
+    share = start.sum(0)
+    degree = np.sqrt(np.asarray(graph.sum(1)).ravel()) + 1e-12
+    walk = sparse.diags(1 / degree) @ graph @ sparse.diags(1 / degree)
+    heat = start.copy()
+    for _ in range(steps):
+        heat = 0.99 * (walk @ heat) + 0.01 * start
+    heat *= np.divide(share, heat.sum(0), out=np.zeros(n_classes), where=heat.sum(0) > 0)
+    heat[known] = start[known]
+    total = heat.sum(1, keepdims=True)
+    return np.divide(heat, total, out=np.zeros_like(heat), where=total > 0)
+
+
+def core(graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, agreement: float = 0.8) -> np.ndarray:
+    """Labels of the cells whose neighbours agree, -1 for the others: what lies between clusters guides nobody.
+
+    Parameters
+    ----------
+    graph
+        As from :func:`neighbor_graph`.
+    labels
+        Cluster of each cell, (n,) int64; -1 for none.
+    n_classes
+        Number of clusters.
+    agreement
+        Share of the neighbours, by weight, that must have the cell's own label.
+
+    Returns
+    -------
+    (n,) int64. No cluster is left without a label.
+    """
+    known = labels >= 0
+    hot = sparse.csr_matrix((np.ones(known.sum()), (np.flatnonzero(known), labels[known])), (len(labels), n_classes))
+    votes = np.asarray((graph @ hot).todense())
+    share = votes / np.maximum(np.asarray(graph.sum(1)), 1e-12)
+    keep = known & (share[np.arange(len(labels)), labels] >= agreement)
+    for k in np.setdiff1d(np.unique(labels[known]), np.unique(labels[keep])):
+        keep |= labels == k
+    return np.where(keep, labels, -1)

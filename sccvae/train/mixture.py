@@ -1,0 +1,283 @@
+"""Training a Gaussian mixture without hand-holding: warm-up as a VAE, guide, guided, free."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from sccvae.data import CellStore, ChunkLoader
+from sccvae.module import Batch
+from sccvae.module.gmvae import GMVAE
+from sccvae.train.fit import TrainingResult, fit
+from sccvae.train.guide import MAX_CELLS, Communities, Guide, core, neighbor_graph, spread
+from sccvae.train.schedules import default_max_epochs
+
+logger = logging.getLogger(__name__)
+
+#: Epochs of the guided and the free phase as shares of those of the warm-up.
+GUIDED, FREE = 1 / 3, 1 / 4
+#: Cells that the monitor looks at after each epoch.
+MONITORED = 2_000
+#: A component counts as in use from this share of the cells on; a guided one is lost below this share of its guide.
+IN_USE, LOST = 0.005, 0.2
+
+
+@dataclass
+class MixtureResult:
+    """What the training of a mixture leaves besides the weights.
+
+    Attributes
+    ----------
+    training
+        History over all phases (``phase`` is 0, 1, 2 for warm-up, guided, free), whether interrupted, the trainer.
+    guide
+        The guide of the training cells, (n_train,) int64, -1 for none; None if none was made.
+    """
+
+    training: TrainingResult
+    guide: np.ndarray | None
+
+
+def fit_mixture(
+    module: GMVAE,
+    store: CellStore,
+    train_rows: np.ndarray,
+    validation_rows: np.ndarray,
+    *,
+    guide: np.ndarray | None = None,
+    choose_components: bool = False,
+    max_epochs: int | None = None,
+    batch_size: int = 128,
+    checkpoint_dir: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    seed: int = 0,
+    **options: Any,
+) -> MixtureResult:
+    """Train ``module`` in place through all phases.
+
+    1. *Warm-up*: a VAE with p(z) = N(0, I), until its held-out ELBO no longer falls.
+    2. *Guide*: Leiden clusters of z, their number searched by the resolution; or labels spread from those in ``store``;
+       or the user's own. Components are placed at the clusters.
+    3. *Guided*: cells amid their cluster take its component, the others sum y out.
+    4. *Free*: only labels of ``store`` are seen. Should a component of the guide be lost, this phase is taken back and
+       run again with the guide.
+
+    Parameters
+    ----------
+    module
+        The model.
+    store
+        The cells; its ``labels``, if any, are true labels (-1 for unknown).
+    train_rows, validation_rows
+        Rows of the store, (n,) int64.
+    guide
+        Labels of all cells of the store instead of a clustering, (n,) int64, -1 for none.
+    choose_components
+        Let the guide choose the number of components.
+    max_epochs
+        Epochs of the warm-up; None for about 6,000 optimiser steps. The later phases are shares of it.
+    batch_size, checkpoint_dir, callbacks, seed, **options
+        As for :func:`sccvae.train.fit`; each phase has a folder of its own in ``checkpoint_dir``.
+
+    Returns
+    -------
+    History and guide.
+
+    Raises
+    ------
+    ValueError, FloatingPointError
+        As for :func:`sccvae.train.fit`.
+    """
+    known = store.labels if store.labels is not None else np.full(len(store), -1)
+    warm = max_epochs or default_max_epochs(-(-len(train_rows) // batch_size))
+    frames: list[pd.DataFrame] = []
+
+    def phase(name: str, epochs: float, labels: np.ndarray | None, **more: Any) -> TrainingResult:
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / name
+        monitor = MixtureMonitor(ChunkLoader(store, _some(train_rows, MONITORED, seed), MONITORED))
+        result = fit(
+            module,
+            CellStore(store.cells, labels),
+            train_rows,
+            validation_rows,
+            max_epochs=max(1, round(epochs)),
+            batch_size=batch_size,
+            checkpoint_dir=folder,
+            callbacks=[*callbacks, *([] if module.stage == "warmup" else [monitor])],
+            seed=seed + len(frames),
+            description=name,
+            **options | more,
+        )
+        frame = pd.concat([*result.history.values()], axis=1)
+        watched = pd.DataFrame(monitor.rows, index=frame.index[len(frame) - len(monitor.rows) :])
+        frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(len(frames))))
+        return result
+
+    def result(last: TrainingResult, labels: np.ndarray | None = None) -> MixtureResult:
+        table = pd.concat(frames, ignore_index=True)
+        table.index.name = "epoch"
+        history = {name: table[[name]] for name in table}
+        return MixtureResult(TrainingResult(history, last.interrupted, last.trainer), labels)
+
+    module.stage = "warmup"
+    try:
+        last = phase("warm-up", warm, None)
+    finally:
+        module.stage = "mixture"
+    if last.interrupted:
+        return result(last)
+    rows = _some(train_rows, MAX_CELLS, seed)
+    z = latent(module, store, rows)
+    if module.learned_w:  # z holds the conditions there; clusters are looked for across them
+        z = _without_conditions(z, module, store, rows)
+    found = _guide(z, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
+    logger.info("Guide: %d clusters of sizes %s", found.n_clusters, np.bincount(found.labels[found.labels >= 0]))
+    labels = known.copy()
+    labels[rows] = np.where(known[rows] >= 0, known[rows], found.labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if choose_components:
+            module.set_components(max(found.n_clusters, int(known.max()) + 1))
+        module.place(*_moments(z, labels[rows], module.n_components))
+    last = phase("guided", GUIDED * warm, labels, kl_warmup=0.0, early_stopping=False, restore_best=False)
+    if last.interrupted:
+        return result(last, labels[train_rows])
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    free = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
+    last = phase("free", FREE * warm, known if (known >= 0).any() else None, **free)
+    lost = _lost(module, store, rows, labels[rows])
+    if lost and not last.interrupted:
+        logger.warning(
+            "Components %s lost their cells in the free phase (a collapse); it is run again with the guide. More "
+            "components than the data have clusters are a common cause: try a smaller n_components.",
+            lost,
+        )
+        module.load_state_dict(before)
+        last = phase("free-guided", FREE * warm, labels, **free)
+    return result(last, labels[train_rows])
+
+
+def latent(module: GMVAE, store: CellStore, rows: np.ndarray) -> np.ndarray:
+    """Means of q(z|x), (n, d) float32, of some rows of a store."""
+    module.eval()
+    with torch.inference_mode():
+        return np.concatenate([module.inference(b)["z"].loc.cpu().numpy() for b in _batches(module, store, rows)])
+
+
+def _batches(module: GMVAE, store: CellStore, rows: np.ndarray):
+    for chunk in ChunkLoader(store, rows, 1024):
+        for tensors in chunk:
+            yield Batch(**{name: t.to(module.device) for name, t in tensors.items() if name != "labels"})
+
+
+def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np.ndarray) -> np.ndarray:
+    """What a linear regression of z on the conditions leaves, (n, d), about the mean of z."""
+    c = torch.cat([module.c(b) for b in _batches(module, store, rows)]).cpu().numpy()
+    c = c - c.mean(0)
+    return (z - c @ np.linalg.lstsq(c, z, rcond=None)[0]).astype(np.float32)
+
+
+def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most so many of the rows, drawn at random, in order."""
+    return rows if len(rows) <= most else np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
+def _guide(z, known, given, module: GMVAE, choose: bool, seed: int) -> Guide:
+    """Labels for the cells with coordinates ``z``: given, spread from the known ones, or found."""
+    if given is not None:
+        return Guide(given, int(given.max()) + 1)
+    graph = neighbor_graph(z)
+    if (known >= 0).any():
+        return _spread_guide(graph, known, module, choose, seed)
+    communities = Communities(graph, seed)
+    guide = communities.stable() if choose else communities.with_clusters(module.n_components)
+    if guide.n_clusters < module.n_components and not choose:
+        logger.warning(
+            "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty.",
+            guide.n_clusters,
+            module.n_components,
+        )
+    return Guide(core(graph, guide.labels, guide.n_clusters), guide.n_clusters)
+
+
+def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:
+    """Classes spread over the graph from the known labels; components beyond them take clusters far from any label."""
+    n_classes = int(known.max()) + 1
+    n_components = n_classes if choose else module.n_components
+    heat = spread(graph, known, n_classes)
+    labels = np.where(heat.max(1) > 0, heat.argmax(1), -1)
+    labels = core(graph, labels, n_classes)
+    if n_components > n_classes:
+        found = Communities(graph, seed).with_clusters(n_components)
+        unnamed = [k for k in range(found.n_clusters) if not (known[found.labels == k] >= 0).any()]
+        for new, k in enumerate(unnamed[: n_components - n_classes], start=n_classes):
+            labels[(found.labels == k) & (known < 0)] = new
+    return Guide(labels, n_components)
+
+
+def _moments(z: np.ndarray, labels: np.ndarray, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each cluster, (n, d); an empty one gets those of a random cell and all cells."""
+    rng = np.random.default_rng(0)
+    overall = z.std(0)
+    loc, scale = np.empty((n, z.shape[1])), np.empty((n, z.shape[1]))
+    for k in range(n):
+        own = z[labels == k]
+        loc[k] = own.mean(0) if len(own) else z[rng.integers(len(z))]
+        scale[k] = own.std(0) if len(own) > z.shape[1] else overall
+    return torch.from_numpy(loc).float(), torch.from_numpy(scale).float()
+
+
+def _lost(module: GMVAE, store: CellStore, rows: np.ndarray, labels: np.ndarray) -> list[int]:
+    """Components that hold fewer than a fifth of the cells that the guide gave them."""
+    with torch.inference_mode():
+        found = np.concatenate([module.classify(b).argmax(1).cpu().numpy() for b in _batches(module, store, rows)])
+    sizes = np.bincount(labels[labels >= 0], minlength=module.n_components)
+    return [int(k) for k in range(module.n_components) if sizes[k] and (found == k).sum() < LOST * sizes[k]]
+
+
+class MixtureMonitor(Callback):
+    """Watches the mixture over the epochs, on a few training cells.
+
+    Parameters
+    ----------
+    loader
+        The cells.
+
+    Attributes
+    ----------
+    rows
+        For each epoch ``components_in_use`` (of at least 0.5 % of the cells), ``entropy`` of q(y|.) in nats,
+        ``active_units`` of z (variance of the means above 0.01; Burda et al. 2016) and ``occupancy_<k>``, the share of
+        cells.
+    """
+
+    def __init__(self, loader: ChunkLoader) -> None:
+        self.loader = loader
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the cells."""
+        module = pl_module.module
+        module.eval()
+        with torch.no_grad():
+            batches = [
+                Batch(**{k: t.to(module.device) for k, t in b.items() if k != "labels"}) for c in self.loader for b in c
+            ]
+            q = torch.cat([module.classify(b) for b in batches])
+            z = torch.cat([module.inference(b)["z"].loc for b in batches])
+        module.train()
+        share = torch.bincount(q.argmax(1), minlength=q.shape[1]) / len(q)
+        row = {
+            "components_in_use": float((share >= IN_USE).sum()),
+            "entropy": float(-(q * q.clamp(min=1e-12).log()).sum(1).mean()),
+            "active_units": float((z.var(0) > 0.01).sum()) if len(z) > 1 else 0.0,
+        }
+        self.rows.append(row | {f"occupancy_{k}": float(s) for k, s in enumerate(share)})
