@@ -22,6 +22,9 @@ PLATES = {
     "cvae_fixed": module.CVAE(2, [2]),
     "cvae_fixed_free_encoder": module.CVAE(2, [2], encode_condition=False),
     "cvae_learned": module.CVAE(2, [2], prior="learned"),
+    "gmvae": module.GMVAE(2, 2, [2]),
+    "gmvae_uniform": module.GMVAE(2, 2, prior="uniform", classifier="z"),
+    "gmvae_learned": module.GMVAE(2, 2, [2], w_prior="learned"),
 }
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sccvae import __version__
+from sccvae._cli_parsers import parser
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,8 +23,8 @@ OK, FAILED = 0, 1
 
 #: Options of a model that is still to be trained, by what they are handed to.
 COVARIATES = ("categorical_covariate_keys", "continuous_covariate_keys")
-SETUP = ("layer", "batch_key", "labels_key", "size_factor_key", *COVARIATES)
-SETTINGS = ("likelihood", "n_latent", "n_hidden", "n_layers")
+SETUP = ("layer", "batch_key", "labels_key", "unlabeled_category", "size_factor_key", *COVARIATES)
+SETTINGS = ("likelihood", "n_latent", "n_hidden", "n_layers", "n_components")
 TRAINING = ("max_epochs", "batch_size", "accelerator", "checkpoint_dir")
 
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit code: 0; 1 after an error, told in one line on stderr; 130 after Ctrl-C, 143 after SIGTERM. Wrong usage and
     ``--help`` end in ``SystemExit``, with 2 and 0, as argparse does.
     """
-    args = parser().parse_args(argv)
+    run = {"train": _train, "embed": _embed, "correct": _correct, "cluster": _cluster, "demo": _demo}
+    args = parser(run).parse_args(argv)
     with _signals() as received, warnings.catch_warnings():
         warnings.showwarning = _show_all_warnings if args.debug else _show_warning
         try:
@@ -59,121 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell(f"error: {_text(error)}")
             return FAILED
     return OK
-
-
-def parser() -> argparse.ArgumentParser:
-    """The arguments of all commands."""
-    top = argparse.ArgumentParser(
-        prog="sccvae",
-        description="Conditional variational autoencoders for single-cell data: train, embed, correct batch effects.",
-        epilog="`sccvae COMMAND --help` explains a command, with an example. "
-        "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.",
-    )
-    top.add_argument("--version", action="version", version=f"sccvae {__version__}")
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
-
-    train = _command(commands, "train", _train, "train a model on an .h5ad file and save it to a folder", TRAIN_HELP)
-    train.add_argument("input", type=Path, metavar="IN.h5ad", help="cells x genes")
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the model")
-    train.add_argument("--force", action="store_true", help="replace the model that is in DIR")
-    _training_options(train)
-    train.add_argument("--labels-key", metavar="KEY", help="column of obs with class labels (noted, not used yet)")
-    train.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="keep the state of the training here after "
-                       "every epoch; the same command goes on from it")  # fmt: skip
-
-    embed = _command(commands, "embed", _embed, "write latent coordinates to obsm", EMBED_HELP)
-    _files(embed)
-    embed.add_argument("--key", metavar="KEY", help="key of obsm and uns (default: X_cvae, after the model)")
-    _training_options(embed)
-
-    correct = _command(commands, "correct", _correct, "write batch-corrected expression to layers", CORRECT_HELP)
-    _files(correct)
-    correct.add_argument("--key", default="corrected", metavar="KEY", help="key of layers and uns (default: corrected)")
-    correct.add_argument("--reference", action="append", metavar="BATCH", help="batch to transform the cells to; "
-                         "repeat it to average several (default: the average of all)")  # fmt: skip
-    correct.add_argument("--library-size", type=_library_size, metavar="N", help="sum of a cell's corrected counts, or "
-                         "'latent' for the cell's own (default: 10000; only for counts)")  # fmt: skip
-    _training_options(correct, models=("cvae",))
-
-    demo = _command(commands, "demo", _demo, "the whole job on real cells with a planted batch effect", DEMO_HELP)
-    demo.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="folder for the results, "
-                      "made if missing; its files of the same names are replaced (default: demo_output)")  # fmt: skip
-    demo.add_argument("--seed", type=int, default=0, help="of the planted effect, the model and the UMAPs (default: 0)")
-    return top
-
-
-TRAIN_HELP = """\
-Train a model on the cells of IN.h5ad and save it to a folder, for `sccvae embed --model-dir` or
-`sccvae.model.load`.
-
-example:
-  sccvae train cells.h5ad --layer counts --batch-key batch --out cvae_model
-"""
-EMBED_HELP = """\
-Write the latent coordinates of the cells of IN.h5ad to obsm["X_cvae"] in OUT.h5ad, with a saved
-model (--model-dir) or with one trained on the fly on the same cells.
-
-examples:
-  sccvae embed cells.h5ad embedded.h5ad --layer counts --batch-key batch
-  sccvae embed cells.h5ad embedded.h5ad --model-dir cvae_model
-"""
-CORRECT_HELP = """\
-Write the expression of the cells of IN.h5ad, as it would be in the reference batch, to
-layers["corrected"] in OUT.h5ad (counts per 10,000; take log1p to compare), and the embedding to
-obsm["X_cvae"]. The model is a saved one (--model-dir) or trained on the fly on the same cells.
-
-examples:
-  sccvae correct cells.h5ad corrected.h5ad --layer counts --batch-key batch --reference donor1
-  sccvae correct cells.h5ad corrected.h5ad --model-dir cvae_model
-"""
-DEMO_HELP = """\
-Plant a batch effect with known truth in 700 real blood cells (they come with scanpy: no
-download), remove it with a CVAE, and compare with the truth. Writes demo.h5ad and pictures to a
-folder and prints a table. Takes one to two minutes.
-
-example:
-  sccvae demo --out demo_output
-"""
-
-
-def _command(commands: Any, name: str, run: Any, short: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=short, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.add_argument("--quiet", action="store_true", help="no progress bar, nothing on stdout")
-    command.add_argument("--debug", action="store_true", help="show tracebacks and all warnings")
-    command.set_defaults(run=run, usage_error=command.error)
-    return command
-
-
-def _files(command: argparse.ArgumentParser) -> None:
-    command.add_argument("input", type=Path, metavar="IN.h5ad", help="cells x genes; never changed")
-    command.add_argument("output", type=_h5ad, metavar="OUT.h5ad", help="where to; appears whole or not at all")
-    command.add_argument("--force", action="store_true", help="replace OUT.h5ad if it exists")
-    command.add_argument("--model-dir", type=Path, metavar="DIR", help="saved model; without it one is trained")
-
-
-def _training_options(command: argparse.ArgumentParser, models: Sequence[str] = ("ae", "vae", "cvae")) -> None:
-    """Options of a model that is still to be trained; all None by default, so that it is known which were given."""
-    add = command.add_argument_group("data to train on").add_argument
-    add("--layer", metavar="NAME", help="layer with the values; nb, zinb and poisson need raw counts (default: X)")
-    add("--batch-key", metavar="KEY", help="column of obs with the batch")
-    for kind, what in (("categorical", "category"), ("continuous", "number")):
-        text = f"column of obs with another {what} to correct for; repeat it for several"
-        name = f"{kind}_covariate"
-        add(f"--{kind}-covariate", dest=f"{name}_keys", action="append", metavar="KEY", help=text)
-    add("--size-factor-key", metavar="KEY", help="column of obs with size factors, in place of the sums of counts")
-    add = command.add_argument_group("model").add_argument
-    add("--model", choices=models, help="default: cvae")
-    add("--likelihood", choices=("nb", "zinb", "poisson", "normal", "bernoulli"), help="default: nb")
-    add("--n-latent", type=_positive, metavar="N", help="latent dimensions (default: 10)")
-    add("--n-hidden", type=_positive, metavar="N", help="width of the hidden layers (default: 128)")
-    add("--n-layers", type=_positive, metavar="N", help="number of hidden layers (default: 1)")
-    add = command.add_argument_group("training").add_argument
-    add("--max-epochs", type=_positive, metavar="N", help="default: by the number of cells, 20 to 400")
-    add("--batch-size", type=_positive, metavar="N", help="default: 128")
-    add("--accelerator", metavar="NAME", help="auto, cpu, gpu, ... (default: auto)")
-    add("--seed", type=int, metavar="N", help="same seed, same result (default: 0)")
 
 
 def _train(args: argparse.Namespace, received: list[int]) -> None:
@@ -198,8 +84,9 @@ def _train(args: argparse.Namespace, received: list[int]) -> None:
     model.train(seed=seed, progress_bar=not args.quiet, **training)
     _stop_if(received)
     model.save(out, overwrite=args.force)
-    curve = model.history.get("elbo_validation", model.history["elbo_train"])
-    best = f"lowest −ELBO {float(curve.min().iloc[0]):.1f} nats per cell in {len(curve)} epochs"
+    curve = model.history.get("elbo_validation", model.history["elbo_train"]).iloc[:, 0]
+    what, value = ("last", curve.iloc[-1]) if "phase" in model.history else ("lowest", curve.min())
+    best = f"{what} −ELBO {float(value):.1f} nats per cell in {len(curve)} epochs"
     _report(args, f"{args.out}: {kind.__name__} of {adata.n_obs} cells x {adata.n_vars} genes, {best}")
 
 
@@ -230,6 +117,21 @@ def _correct(args: argparse.Namespace, received: list[int]) -> None:
     _report(args, f"{args.output}: layers[{args.key!r}] (as in {to}) and obsm[{adata.uns[args.key]['embedding']!r}]")
 
 
+def _cluster(args: argparse.Namespace, received: list[int]) -> None:
+    options = _options(args)
+    adata = _read(args.input)
+    from sccvae import tl
+
+    model = _model(args, "gmvae")
+    key = args.key or (model if isinstance(model, str) else type(model).__name__.lower())
+    tl.cluster(adata, model, key_added=key, **options)
+    _stop_if(received)
+    write_h5ad(adata, args.output)
+    sizes = adata.obs[key].value_counts()
+    used = f"{(sizes > 0).sum()} clusters of {sizes[sizes > 0].min()} to {sizes.max()} cells"
+    _report(args, f"{args.output}: obs[{key!r}], {used}; obsm['{key}_proba'] and obsm['X_{key}']")
+
+
 def _demo(args: argparse.Namespace, received: list[int]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     _report(args, "loading (the first import takes a few seconds)")
@@ -258,7 +160,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     if args.model_dir is not None:
         given = [*setup, *settings, *training, *_given(args, ("model", "seed"))]
         if given:
-            flags = ", ".join("--" + name.replace("covariate_keys", "covariate").replace("_", "-") for name in given)
+            names = [
+                name.replace("covariate_keys", "covariate").replace("n_components", "components") for name in given
+            ]
+            flags = ", ".join("--" + name.replace("_", "-") for name in names)
             args.usage_error(f"{flags}: the model in --model-dir is trained already; leave this out")
     _check_places(args.input, args.output.parent)
     if args.output.exists() and args.output.samefile(args.input):
@@ -273,10 +178,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return setup | {"model_options": settings} | more
 
 
-def _model(args: argparse.Namespace) -> Any:
+def _model(args: argparse.Namespace, default: str = "cvae") -> Any:
     """The saved model, or the name of one to be trained."""
     if args.model_dir is None:
-        return args.model or "cvae"
+        return args.model or default
     from sccvae.model import load
 
     return load(args.model_dir)
@@ -372,30 +277,3 @@ def _tell(text: str) -> None:
 def _report(args: argparse.Namespace, text: str) -> None:
     if not args.quiet:
         print(text, flush=True)
-
-
-def _h5ad(text: str) -> Path:
-    if not text.endswith(".h5ad"):
-        msg = f"{text!r} must end in .h5ad"
-        raise argparse.ArgumentTypeError(msg)
-    return Path(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        msg = f"{text!r} is not a whole number above 0"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
-
-
-def _library_size(text: str) -> float | str:
-    if text == "latent":
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        msg = f"{text!r} is neither a number above 0 nor 'latent'"
-        raise argparse.ArgumentTypeError(msg)
-    return value

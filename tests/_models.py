@@ -7,7 +7,7 @@ from functools import cache
 from _toys import toy_counts, toy_values
 
 from sccvae.distributions import NegativeBinomial, Normal
-from sccvae.model import AE, CVAE, VAE
+from sccvae.model import AE, CVAE, IDEC, VAE
 
 #: Smallest sensible network and training: what a test adds to show its point.
 TINY = {"n_latent": 2, "n_hidden": 8}
@@ -33,6 +33,7 @@ CASES = {
     "ae": (AE, "normal", {}),
     "ae-linear": (AE, "normal", {"linear": True}),
     "ae-mask": (AE, "normal", {"noise": "mask"}),
+    "idec": (IDEC, "normal", {"n_components": 3}),
 }
 CASES |= {f"vae-{name}": (VAE, name, {"likelihood": name}) for name in LIKELIHOODS}
 CASES |= {f"cvae-{name}": (CVAE, name, {"likelihood": name}) for name in LIKELIHOODS}

@@ -91,7 +91,7 @@ print(*({"anndata", "h5py", "lightning", "matplotlib", "numpy", "scanpy", "scvi"
     assert min(seconds) < 1  # the others tell what else the machine was doing
 
 
-@pytest.mark.parametrize("command", ["train", "embed", "correct", "demo"])
+@pytest.mark.parametrize("command", ["train", "embed", "correct", "cluster", "demo"])
 def test_every_command_explains_itself_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -40,9 +40,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "pl": (set(), {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
     "tl": ({"metrics", "model"}, {"anndata", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm"}),
     "cli": (
-        {"_demo", "datasets", "metrics", "model", "pl", "tl"},
+        {"_cli_parsers", "_demo", "datasets", "metrics", "model", "pl", "tl"},
         {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},
     ),
+    "_cli_parsers": (set(), set()),
     "_demo": (
         {"datasets", "metrics", "model", "pl", "tl"},
         {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},

@@ -12,7 +12,7 @@ from _toys import toy_counts, toy_values
 from scipy import sparse
 
 from sccvae.distributions import NegativeBinomial
-from sccvae.model import AE, CVAE, VAE
+from sccvae.model import AE, CVAE, IDEC, VAE
 
 N, G = 48, 12
 
@@ -20,7 +20,7 @@ N, G = 48, 12
 # New data
 
 
-@pytest.mark.parametrize("name", ["ae", "vae-nb", "cvae-nb", "cvae-learned"])
+@pytest.mark.parametrize("name", ["ae", "idec", "vae-nb", "cvae-nb", "cvae-learned"])
 def test_new_data_in_any_shape_give_the_same_latent(name, tmp_path):
     model = trained(name)
     adata = model.adata
@@ -45,7 +45,7 @@ def test_new_data_in_any_shape_give_the_same_latent(name, tmp_path):
     forms["backed"] = ad.read_h5ad(tmp_path / "wide.h5ad", backed="r")
     for kind, form in forms.items():
         assert (model.get_latent_representation(form) == z).all(), kind
-    if not isinstance(model, AE):
+    if not isinstance(model, AE | IDEC):
         assert model.get_elbo(forms["backed"]) == model.get_elbo()
     frame = model.get_normalized_expression(reordered)
     assert list(frame.columns) == list(adata.var_names)
@@ -79,7 +79,7 @@ def test_layer_and_untouched_data():
 # Repeatability and use
 
 
-@pytest.mark.parametrize("name", ["ae-mask", "cvae-nb", "cvae-deep"])
+@pytest.mark.parametrize("name", ["ae-mask", "idec", "cvae-nb", "cvae-deep"])
 def test_same_seeds_same_bits(name):
     cls, likelihood, options = CASES[name]
     torch.manual_seed(123)

@@ -10,7 +10,7 @@ from _models import CASES, trained
 from _toys import totals
 from scipy import sparse
 
-from sccvae.model import AE
+from sccvae.model import AE, IDEC
 
 N, G = 48, 12
 
@@ -20,7 +20,7 @@ def model(request):
     return trained(request.param)
 
 
-@pytest.fixture(params=[name for name in CASES if not name.startswith("ae")])
+@pytest.fixture(params=[name for name in CASES if not name.startswith(("ae", "idec"))])
 def variational(request):
     return trained(request.param)
 
@@ -34,12 +34,14 @@ def is_counts(model):
 
 def test_history(model):
     terms = {*model.module.factors.terms, "elbo", "loss"}
-    assert set(model.history) == {f"{t}_{p}" for t in terms for p in ("train", "validation")} | {"kl_weight", "lr"}
+    names = {f"{t}_{p}" for t in terms for p in ("train", "validation")} | {"kl_weight", "lr"}
+    phases = isinstance(model, IDEC)  # its second one takes half the epochs of the first
+    assert set(model.history) == names | ({"clustering_train", "phase"} if phases else set())
     for name, frame in model.history.items():
-        assert frame.shape == (2, 1)
+        assert frame.shape == (3 if phases else 2, 1)
         assert list(frame.columns) == [name]
         assert frame.index.name == "epoch"
-        assert np.isfinite(frame.to_numpy()).all()
+        assert np.isfinite(frame.to_numpy()[2 * (name == "clustering_train") :]).all()
     assert model.is_trained
     assert not model.module.training
 
@@ -78,7 +80,7 @@ def test_reconstruction_error(model):
     mean = model.get_reconstruction_error()
     assert isinstance(mean, float)
     assert mean == pytest.approx(each.mean(), rel=1e-5)
-    if isinstance(model, AE):
+    if isinstance(model, AE | IDEC):
         x = model.adata.X
         shown = model.get_normalized_expression(return_numpy=True)
         np.testing.assert_allclose(each, ((x - shown) ** 2).sum(1), rtol=1e-3)
@@ -123,7 +125,7 @@ def test_global_random_state_is_left_alone(model):
     model.get_latent_representation()
     model.get_reconstruction_error()
     model.get_normalized_expression(n_samples=2)
-    if not isinstance(model, AE):
+    if not isinstance(model, AE | IDEC):
         model.get_elbo()
         model.get_marginal_ll(n_mc_samples=2)
         model.sample(3)

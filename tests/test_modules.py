@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sccvae.distributions import Bernoulli, NegativeBinomial
-from sccvae.module import AE, CVAE, VAE, Batch, Factor, Factorization
+from sccvae.module import AE, CVAE, IDEC, VAE, Batch, Factor, Factorization
 
 N, G = 6, 8
 LIKELIHOODS = ["normal", "bernoulli", "poisson", "nb", "zinb"]
@@ -28,6 +28,7 @@ MODULES = {
     "ae": (AE, [G], {}),
     "ae-linear": (AE, [G], {"linear": True}),
     "ae-denoising": (AE, [G], {"noise": "mask", "noise_level": 0.5}),
+    "idec": (IDEC, [G, 3], {}),
     "vae-k": (VAE, [G], {"n_samples": 3, "kl": "monte_carlo"}),
     "vae-skip": (VAE, [G], {"n_layers": 3, "skip": True, "dropout": 0.1, "norm": "layer"}),
     "vae-linear": (VAE, [G], {"n_layers": 0, "likelihood": "normal"}),

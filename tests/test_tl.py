@@ -191,7 +191,7 @@ def test_nothing_keeps_the_matrix_alive():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"model": "gmm"}, ValueError, r"'gmm'; choose one of \['ae', 'cvae', 'vae'\]"),
+        ({"model": "gmm"}, ValueError, r"'gmm'; choose one of \['ae', 'cvae', 'gmvae', 'vae'\]"),
         ({"model": 3}, TypeError, "or a trained model, not int"),
         ({}, ValueError, "needs a condition: pass batch_key="),
         ({"model": "vae", "batch_key": "batch"}, ValueError, r"'vae' takes no account of \['batch_key'\].*'cvae'"),

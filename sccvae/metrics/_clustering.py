@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 
 def contingency(labels: ArrayLike, clusters: ArrayLike) -> np.ndarray:
@@ -83,6 +82,8 @@ def clustering(labels: ArrayLike, clusters: ArrayLike) -> dict[str, float]:
     -------
     ``hungarian``, ``majority``, ``nmi``, ``ari`` and ``n_clusters``.
     """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     return {
         "hungarian": hungarian_accuracy(labels, clusters),
         "majority": majority_accuracy(labels, clusters),

@@ -95,8 +95,7 @@ class ClusteringMixin:
         -------
         (n,) float32.
         """
-        q = self.predict_proba(adata, indices, batch_size=batch_size)
-        return -(q * np.log(np.maximum(q, 1e-12))).sum(1)
+        return entropy(self.predict_proba(adata, indices, batch_size=batch_size))
 
     def effective_n_components(self, adata: AnnData | None = None, indices: Sequence[int] | None = None) -> float:
         """Exp of the entropy of the mean occupancy (Hill number of order 1): how many components are in use.
@@ -118,6 +117,11 @@ class ClusteringMixin:
             msg = f"component={component!r} is not one of {self.component_names}."
             raise ValueError(msg)
         return self.component_names.index(str(component))
+
+
+def entropy(q: np.ndarray) -> np.ndarray:
+    """Entropy in nats, (n,), of probabilities (n, K)."""
+    return -(q * np.log(np.maximum(q, 1e-12))).sum(1)
 
 
 class MixtureMixin(ClusteringMixin):

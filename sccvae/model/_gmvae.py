@@ -26,6 +26,9 @@ from sccvae.train import fit_mixture
 
 logger = logging.getLogger(__name__)
 
+#: Training cells from which ``sample`` knows how common each component is.
+SHARES_OF = 10_000
+
 
 class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
     """Gaussian-mixture VAE with a Dirichlet prior: finds clusters in its latent space by itself.
@@ -185,6 +188,8 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         )
         self.settings["n_components"] = self.module.n_components
         self._finish_training(result.training)
+        some = np.random.default_rng(seed).permutation(self.train_indices)[:SHARES_OF]
+        self.reference["component_shares"] = self.predict_proba(indices=some).mean(0, dtype=np.float64).tolist()
 
     def _known_labels(self) -> np.ndarray | None:
         key = self.schema.labels_key

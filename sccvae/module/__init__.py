@@ -5,6 +5,18 @@ from sccvae.module._factorization import Factor, Factorization
 from sccvae.module.ae import AE
 from sccvae.module.cvae import CVAE
 from sccvae.module.gmvae import GMVAE
+from sccvae.module.idec import IDEC
 from sccvae.module.vae import VAE
 
-__all__ = ["AE", "CVAE", "GMVAE", "VAE", "Batch", "Factor", "Factorization", "GenerativeModule", "LatentVariableModule"]
+__all__ = [
+    "AE",
+    "CVAE",
+    "GMVAE",
+    "IDEC",
+    "VAE",
+    "Batch",
+    "Factor",
+    "Factorization",
+    "GenerativeModule",
+    "LatentVariableModule",
+]

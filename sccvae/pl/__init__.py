@@ -2,7 +2,22 @@
 
 from ._history import history
 from ._images import generated, images, prior_centers, reconstructions
+from ._mixture import component_grid, confusion, entropy, mixture, occupancy
 from ._plate import plate_diagram
 from ._scatter import latent, umap
 
-__all__ = ["generated", "history", "images", "latent", "plate_diagram", "prior_centers", "reconstructions", "umap"]
+__all__ = [
+    "component_grid",
+    "confusion",
+    "entropy",
+    "generated",
+    "history",
+    "images",
+    "latent",
+    "mixture",
+    "occupancy",
+    "plate_diagram",
+    "prior_centers",
+    "reconstructions",
+    "umap",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def history(model: Any, *, terms: Sequence[str] | None = None) -> np.ndarray:
 
     Train and validation share a panel. Where the KL weight changes during training, it is shaded behind the KL
     terms. Values of the first tenth of the epochs that would flatten the rest are left above the panel, which says
-    how high they reach.
+    how high they reach. A training in phases, as the GMVAE's, is treated so phase by phase; dotted lines part them.
 
     Parameters
     ----------
@@ -97,7 +98,10 @@ def _draw_term(ax: Axes, term: str, curves: dict[str, tuple[np.ndarray, np.ndarr
         ax.plot(epochs, values, color=_SIDES[side], linewidth=1.5, marker=marker, markersize=4, label=side)
     if term.startswith("kl_"):
         _shade_weight(ax, curves.get("kl_weight"))
-    _robust_limits(ax, list(drawn.values()))
+    starts = _phase_starts(curves)
+    for start in starts[1:]:
+        ax.axvline(start - 0.5, color="#A0A0A0", linewidth=0.8, linestyle=":", zorder=0.5, gid="phase")
+    _robust_limits(ax, list(drawn.values()), starts)
     ax.set_title(_title(term), fontsize=NORMAL)
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -120,14 +124,24 @@ def _shade_weight(ax: Axes, weight: tuple[np.ndarray, np.ndarray] | None) -> Non
     ax.fill_between(weight[0], weight[1] / full, color="#E8E8E8", linewidth=0, zorder=0, transform=across, label=label)
 
 
-def _robust_limits(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Let the first tenth of the epochs run out of the panel where it would take more than two thirds of it."""
+def _phase_starts(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """First epoch of each phase of the training; empty if it has no phases."""
+    epochs, phase = curves.get("phase", (np.zeros(0), np.zeros(0)))
+    return epochs[np.diff(phase, prepend=np.nan) != 0]
+
+
+def _robust_limits(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], starts: np.ndarray) -> None:
+    """Let the first tenth of the epochs, or of a phase, run out of the panel where it would take two thirds of it."""
     epochs, values = (np.concatenate(part) for part in zip(*curves, strict=True))
     finite = np.isfinite(values)
     epochs, values = epochs[finite], values[finite]
     if len(values) == 0:
         return
-    late = values[epochs > epochs.min() + 0.1 * np.ptp(epochs)]
+    edges = np.append(starts if len(starts) else epochs.min(), epochs.max())
+    settled = np.ones(len(epochs), dtype=bool)
+    for start, end in pairwise(edges):
+        settled &= (epochs < start) | (epochs > start + 0.1 * (end - start))
+    late = values[settled]
     low, high = values.min(), values.max()
     if len(late) and late.max() > low and high - low > 3 * (late.max() - low):
         note = f"↑ up to {high:,.0f}" if high >= 100 else f"↑ up to {high:.3g}"

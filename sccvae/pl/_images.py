@@ -214,28 +214,35 @@ def _draw(
     cmap: str,
     titles: Sequence[str] | None = None,
     row_labels: Sequence[str] = (),
+    header: Sequence[str] = (),
 ) -> np.ndarray:
-    """Draw on a grid measured in inches: constrained layout takes seconds for a hundred panels."""
+    """Draw on a grid measured in inches: constrained layout takes seconds for a hundred panels.
+
+    ``titles`` are one for each image, ``header`` one for each column.
+    """
     from matplotlib import pyplot as plt
 
     nrows = -(-len(pictures) // ncols)
-    width = max([_PANEL, *(0.07 * len(str(t)) for t in titles or ())])  # wide enough for the longest title
+    named = [*(titles or ()), *header]
+    width = max([_PANEL, *(0.07 * len(str(t)) for t in named)])  # wide enough for the longest title
     height = width * pictures.shape[1] / pictures.shape[2]
     left = _GAP + 0.08 * max((len(label) for label in row_labels), default=0)
     space = _GAP + (_TITLE if titles else 0)
-    figure = left + ncols * (width + _GAP), nrows * (height + space) + _GAP
+    top = _TITLE if header else 0.0
+    figure = left + ncols * (width + _GAP), nrows * (height + space) + _GAP + top
     fig = plt.figure(figsize=figure)
     low, high = _scale(pictures)
     axes: list[Axes] = []
     for i, picture in enumerate(pictures):
         row, col = divmod(i, ncols)
         x = left + col * (width + _GAP)
-        y = figure[1] - (row + 1) * (height + space)
+        y = figure[1] - top - (row + 1) * (height + space)
         ax = fig.add_axes((x / figure[0], y / figure[1], width / figure[0], height / figure[1]))
         ax.imshow(np.clip((picture - low) / (high - low), 0, 1), cmap=cmap, vmin=0, vmax=1)
         bare(ax)
-        if titles:
-            ax.set_title(plain(titles[i]), fontsize=SMALL, pad=3)
+        title = titles[i] if titles else header[col] if header and row == 0 else None
+        if title is not None:
+            ax.set_title(plain(title), fontsize=SMALL, pad=3)
         if row_labels and col == 0:
             ax.set_ylabel(row_labels[row], rotation=0, ha="right", va="center", fontsize=SMALL)
         axes.append(ax)

@@ -69,9 +69,7 @@ def latent(
     xy = _finite(points[:, list(dims)], what)
     values, colors = _color(adata if named else None, color, len(xy))
 
-    if ax is None:
-        names = _categories(values)
-        ax = panels(1, 1, width=_PANEL + 0.8 + (legend_width(names) if names else 0.8), height=_PANEL + 0.6)[1][0, 0]
+    ax = single(_categories(values)) if ax is None else ax
     _points(ax, xy, values, colors, size=size)
     symbol = _label(basis) if named else "z"
     ax.set(xlabel=f"{symbol} {dims[0] + 1}", ylabel=f"{symbol} {dims[1] + 1}")
@@ -148,6 +146,12 @@ def umap(
                 ax.set_title(plain(colors[col]), fontsize=NORMAL)
         axes[row, 0].set_ylabel(f"UMAP of {plain(titles[row])}", fontsize=NORMAL)
     return axes
+
+
+def single(names: list[str]) -> Axes:
+    """One panel with room for a legend of ``names``, or for a colour bar where there are none."""
+    width = _PANEL + 0.8 + (legend_width(names) if names else 0.8)
+    return panels(1, 1, width=width, height=_PANEL + 0.6)[1][0, 0]
 
 
 def _compute_umap(representation: np.ndarray, *, n_neighbors: int, seed: int) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""Whole jobs on an AnnData in one call, scanpy-style: results in ``obsm`` and ``layers``, parameters in ``uns``."""
+"""Whole jobs on an AnnData in one call, scanpy-style: results in obs, obsm and layers, parameters in ``uns``."""
 
 from __future__ import annotations
 
+from ._cluster import cluster
+from ._consensus import consensus
 from ._correct import correct
 from ._embed import embed
 
-__all__ = ["correct", "embed"]
+__all__ = ["cluster", "consensus", "correct", "embed"]

@@ -12,7 +12,7 @@ from anndata import AnnData
 from sccvae.model import BaseModel
 
 from ._embed import write_embedding
-from ._job import plain, target, trained_model
+from ._job import plain, requested, target, trained_model
 
 if TYPE_CHECKING:
     from sccvae.distributions import Likelihood
@@ -88,6 +88,7 @@ def correct(
     >>> sccvae.tl.correct(adata, batch_key="batch", reference="batch0", layer="counts")  # doctest: +SKIP
     >>> sc.pl.violin(adata, "LYZ", groupby="batch", layer="corrected", log=True)  # doctest: +SKIP
     """
+    options = requested(locals())
     to = target(adata, copy=copy)
     trained = isinstance(model, BaseModel)
     if not trained and model != "cvae":
@@ -96,23 +97,13 @@ def correct(
     if not trained and batch_key is None:
         msg = "batch_key= is needed: the column of adata.obs with the batch to correct for."
         raise ValueError(msg)
-    settings = {"n_latent": n_latent, "likelihood": likelihood} | dict(model_options or {})
-    setup = {
-        "layer": layer,
-        "batch_key": batch_key,
-        "size_factor_key": size_factor_key,
-        "categorical_covariate_keys": categorical_covariate_keys,
-        "continuous_covariate_keys": continuous_covariate_keys,
-    }
 
     def check(model: BaseModel) -> None:
         _batches(model, reference)
         _library_size(model, library_size)
         _check_layer(to, model, key_added)
 
-    fitted = trained_model(
-        to, model, setup=setup, settings=settings, seed=seed, train_options=train_options, check=check
-    )
+    fitted = trained_model(to, model, check=check, **options)
     batches, size = _batches(fitted, reference), _library_size(fitted, library_size)
     values = fitted.get_normalized_expression(
         to,

@@ -9,7 +9,7 @@ from anndata import AnnData
 
 from sccvae.model import BaseModel
 
-from ._job import record, target, trained_model
+from ._job import record, requested, target, trained_model
 
 if TYPE_CHECKING:
     from sccvae.distributions import Likelihood
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def embed(
     adata: AnnData,
-    model: Literal["ae", "vae", "cvae"] | BaseModel = "cvae",
+    model: Literal["ae", "vae", "cvae", "gmvae"] | BaseModel = "cvae",
     *,
     batch_key: str | None = None,
     layer: str | None = None,
@@ -42,16 +42,17 @@ def embed(
     adata
         Cells x genes, in memory or backed.
     model
-        ``"cvae"`` (an embedding that forgets the batch), ``"vae"``, ``"ae"``, or a trained model. A trained model
-        embeds the cells of ``adata`` as they are (the same genes, in any order): the arguments from ``batch_key`` to
-        ``likelihood``, ``seed``, ``model_options`` and ``train_options`` are then its own.
+        ``"cvae"`` (an embedding that forgets the batch), ``"gmvae"`` (which also clusters: see :func:`cluster`),
+        ``"vae"``, ``"ae"``, or a trained model. A trained model embeds the cells of ``adata`` as they are (the same
+        genes, in any order): the arguments from ``batch_key`` to ``likelihood``, ``seed``, ``model_options`` and
+        ``train_options`` are then its own.
     batch_key
-        Column of ``obs`` with the batch; for the CVAE.
+        Column of ``obs`` with the batch; for the CVAE and the GMVAE.
     layer
         Layer with the values, None for ``X``. Count likelihoods, the default of VAE and CVAE, need raw counts; an AE
         wants log-normalised values.
     categorical_covariate_keys, continuous_covariate_keys
-        More columns of ``obs`` that the embedding is to forget; for the CVAE.
+        More columns of ``obs`` that the embedding is to forget; for the CVAE and the GMVAE.
     size_factor_key
         Column of ``obs`` with size factors, used in place of the sums of counts.
     n_latent
@@ -93,16 +94,9 @@ def embed(
     >>> sccvae.tl.embed(adata, batch_key="batch", layer="counts")  # doctest: +SKIP
     >>> sc.pp.neighbors(adata, use_rep="X_cvae")  # doctest: +SKIP
     """
+    options = requested(locals())
     to = target(adata, copy=copy)
-    settings = {"n_latent": n_latent, "likelihood": likelihood} | dict(model_options or {})
-    setup = {
-        "layer": layer,
-        "batch_key": batch_key,
-        "size_factor_key": size_factor_key,
-        "categorical_covariate_keys": categorical_covariate_keys,
-        "continuous_covariate_keys": continuous_covariate_keys,
-    }
-    trained = trained_model(to, model, setup=setup, settings=settings, seed=seed, train_options=train_options)
+    trained = trained_model(to, model, **options)
     write_embedding(to, trained, key_added, train_options)
     return to if copy else None
 

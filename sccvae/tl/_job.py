@@ -10,9 +10,26 @@ import pandas as pd
 from anndata import AnnData
 
 from sccvae import __version__
-from sccvae.model import AE, CVAE, VAE, BaseModel
+from sccvae.model import AE, CVAE, GMVAE, VAE, BaseModel
 
-MODELS: dict[str, type[BaseModel]] = {"ae": AE, "vae": VAE, "cvae": CVAE}
+MODELS: dict[str, type[BaseModel]] = {"ae": AE, "vae": VAE, "cvae": CVAE, "gmvae": GMVAE}
+CONDITIONS = ("batch_key", "categorical_covariate_keys", "continuous_covariate_keys")
+#: Arguments of the jobs, by what they are handed to.
+SETUP = ("layer", "size_factor_key", "labels_key", "unlabeled_category", *CONDITIONS)
+SETTINGS = ("n_latent", "likelihood", "n_components")
+#: Arguments of the jobs that have a default, so that they do not tell what was asked for.
+DEFAULTS = ("n_latent",)
+
+
+def requested(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`trained_model` needs of the arguments of a job, its ``locals()``."""
+    settings = {name: arguments[name] for name in SETTINGS if name in arguments}
+    return {
+        "setup": {name: arguments[name] for name in SETUP if name in arguments},
+        "settings": settings | dict(arguments["model_options"] or {}),
+        "seed": arguments["seed"],
+        "train_options": arguments["train_options"],
+    }
 
 
 def target(adata: AnnData, *, copy: bool) -> AnnData:
@@ -74,7 +91,7 @@ def trained_model(
     settings = {name: value for name, value in settings.items() if value is not None}
     if isinstance(model, BaseModel):
         given = [*setup, *settings, *(["train_options"] if train_options else [])]
-        given = [name for name in given if name != "n_latent"]  # has a default, so it tells nothing
+        given = [name for name in given if name not in DEFAULTS]
         if given:
             msg = f"{given} belong to a model that is still to be trained; this {type(model).__name__} has its own."
             raise ValueError(msg)
@@ -115,12 +132,15 @@ def model_class(name: Any, setup: Mapping[str, Any], settings: Mapping[str, Any]
     if name not in MODELS:
         msg = f"No model is called {name!r}; choose one of {sorted(MODELS)} or pass a trained model."
         raise ValueError(msg)
-    conditions = [k for k in ("batch_key", "categorical_covariate_keys", "continuous_covariate_keys") if setup.get(k)]
+    conditions = [k for k in CONDITIONS if setup.get(k)]
     if name == "cvae" and not conditions:
         msg = "model='cvae' needs a condition: pass batch_key= (or covariates). model='vae' does without."
         raise ValueError(msg)
-    if name != "cvae" and conditions:
+    if name in ("ae", "vae") and conditions:
         msg = f"model={name!r} takes no account of {conditions}: leave them out, or take model='cvae'."
+        raise ValueError(msg)
+    if name != "gmvae" and "n_components" in settings:
+        msg = f"model={name!r} has no components: n_components= is for model='gmvae'."
         raise ValueError(msg)
     if name == "ae" and "likelihood" in settings:
         msg = "model='ae' has no likelihood (it minimises the square error); model='vae' takes likelihood='normal'."
@@ -135,11 +155,11 @@ def record(model: BaseModel, train_options: Mapping[str, Any] | None) -> dict[st
     -------
     Dictionary with ``model``, ``sccvae_version``, ``seed``, ``params`` (``setup``, ``model``, ``train``), ``epochs``,
     ``history`` (name -> one value for each epoch), and ``elbo_train`` and ``elbo_validation``: the negative ELBO in
-    nats per cell (lower is better) at the epoch whose weights were kept.
+    nats per cell (lower is better) at the epoch whose weights were kept: the best one, of a mixture the last one.
     """
     history = {name: frame[name].to_numpy(dtype=np.float64) for name, frame in (model.history or {}).items()}
     validation = history.get("elbo_validation")
-    kept = -1 if validation is None else int(np.nanargmin(validation))
+    kept = -1 if validation is None or "phase" in history else int(np.nanargmin(validation))
     params = {
         "setup": model.registry_["setup_args"],
         "model": model.settings,

@@ -1,6 +1,7 @@
 """Training: the Lightning plan, schedules, callbacks, checkpoints."""
 
 from sccvae.train.callbacks import BestWeights, CellsBar, progress
+from sccvae.train.deep_clustering import TargetDistribution, fit_deep_clustering
 from sccvae.train.fit import TrainingResult, fit
 from sccvae.train.mixture import MixtureResult, fit_mixture
 from sccvae.train.plan import TrainingPlan
@@ -11,10 +12,12 @@ __all__ = [
     "CellsBar",
     "MixtureResult",
     "Schedule",
+    "TargetDistribution",
     "TrainingPlan",
     "TrainingResult",
     "default_max_epochs",
     "fit",
+    "fit_deep_clustering",
     "fit_mixture",
     "progress",
 ]

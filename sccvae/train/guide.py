@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import igraph
 import numpy as np
 from scipy import sparse
+from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
 logger = logging.getLogger(__name__)
 
 #: Cells that the graph holds at most; the others stay without a guide and are clustered by the model.
-MAX_CELLS = 60_000
+MAX_CELLS = 30_000
 #: Resolutions searched for a number of clusters, and trials of the search.
 RESOLUTIONS, TRIALS = (0.005, 10.0), 16
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
@@ -63,6 +64,31 @@ def neighbor_graph(z: np.ndarray, n_neighbors: int = 15) -> sparse.csr_matrix:
     shared.setdiag(0)
     shared.eliminate_zeros()
     return shared.maximum(shared.T).tocsr()
+
+
+def principal_components(x: np.ndarray | sparse.spmatrix, library: np.ndarray | None, n: int = 50) -> np.ndarray:
+    """Principal components, of log-normalised counts if ``library`` is given: a second view of the cells.
+
+    Parameters
+    ----------
+    x
+        Values, (n, G).
+    library
+        Library sizes, (n, 1), or None for values that are no counts.
+    n
+        Most components.
+
+    Returns
+    -------
+    (n, components) float32.
+    """
+    if library is not None:
+        scale = np.median(library) / library
+        x = x.multiply(scale).tocsr() if sparse.issparse(x) else x * scale
+        x = x.log1p() if sparse.issparse(x) else np.log1p(x)
+    x = x.toarray() if sparse.issparse(x) else x
+    n = min(n, *(side - 1 for side in x.shape))
+    return PCA(n, svd_solver="randomized", random_state=0).fit_transform(np.asarray(x, dtype=np.float32))
 
 
 class Communities:
@@ -119,7 +145,7 @@ class Communities:
             agreement = np.mean([adjusted_rand_score(guides[0].labels, g.labels) for g in guides[1:]])
             found.append((agreement, guides[0]))
             logger.info("resolution %g: %d clusters, stability %.3f", resolution, guides[0].n_clusters, agreement)
-        best = max(agreement for agreement, guide in found if guide.n_clusters > 1 or agreement < 2)
+        best = max(agreement for agreement, _ in found)
         return max(
             (guide for agreement, guide in found if agreement >= best - 0.05), key=lambda guide: guide.n_clusters
         )
@@ -137,7 +163,7 @@ class Communities:
             np.add.at(links, (a, b), np.asarray(self.weights)[inside])
             links += links.T
             degree = links.sum(1) + 1e-9
-            share = links / np.minimum.outer(degree, degree)
+            share = links / np.outer(degree, degree)  # against what chance would link
             np.fill_diagonal(share, -1)
             i, j = np.unravel_index(share.argmax(), share.shape)
             labels[labels == max(i, j)] = min(i, j)

@@ -17,7 +17,7 @@ from sccvae.data import CellStore, ChunkLoader
 from sccvae.module import Batch
 from sccvae.module.gmvae import GMVAE
 from sccvae.train.fit import TrainingResult, fit
-from sccvae.train.guide import MAX_CELLS, Communities, Guide, core, neighbor_graph, spread
+from sccvae.train.guide import MAX_CELLS, Communities, Guide, core, neighbor_graph, principal_components, spread
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def fit_mixture(
             description=name,
             **options | more,
         )
-        frame = pd.concat([*result.history.values()], axis=1)
+        frame = pd.concat([*result.history.values()], axis=1) if result.history else pd.DataFrame()
         watched = pd.DataFrame(monitor.rows, index=frame.index[len(frame) - len(monitor.rows) :])
         frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(len(frames))))
         return result
@@ -138,7 +138,12 @@ def fit_mixture(
     z = latent(module, store, rows)
     if module.learned_w:  # z holds the conditions there; clusters are looked for across them
         z = _without_conditions(z, module, store, rows)
-    found = _guide(z, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
+    views = [z]
+    if not module.conditions.width and min(len(rows), store.n_features) > 3 and guide is None:
+        # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
+        counts = module.likelihood.support == "counts"
+        views.append(principal_components(store.cells.x[rows], store.cells.library[rows] if counts else None))
+    found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
     logger.info("Guide: %d clusters of sizes %s", found.n_clusters, np.bincount(found.labels[found.labels >= 0]))
     labels = known.copy()
     labels[rows] = np.where(known[rows] >= 0, known[rows], found.labels)
@@ -190,11 +195,11 @@ def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     return rows if len(rows) <= most else np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
-def _guide(z, known, given, module: GMVAE, choose: bool, seed: int) -> Guide:
-    """Labels for the cells with coordinates ``z``: given, spread from the known ones, or found."""
+def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, seed: int) -> Guide:
+    """Labels for the cells with these coordinates: given, spread from the known ones, or found."""
     if given is not None:
         return Guide(given, int(given.max()) + 1)
-    graph = neighbor_graph(z)
+    graph = sum(neighbor_graph(z) for z in views[1:]) + neighbor_graph(views[0])
     if (known >= 0).any():
         return _spread_guide(graph, known, module, choose, seed)
     communities = Communities(graph, seed)

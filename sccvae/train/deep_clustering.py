@@ -1,0 +1,201 @@
+"""Training IDEC: pretraining as a denoising autoencoder, centres, clustering."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import Callback, LightningModule, Trainer
+from sklearn.cluster import KMeans
+
+from sccvae.data import CellStore, ChunkLoader
+from sccvae.module import Batch
+from sccvae.module.idec import IDEC
+from sccvae.train.fit import TrainingResult, fit
+from sccvae.train.guide import MAX_CELLS, Communities, Guide, neighbor_graph
+from sccvae.train.schedules import default_max_epochs
+
+logger = logging.getLogger(__name__)
+
+#: Epochs of the clustering phase as a share of those of the pretraining.
+CLUSTERING = 1 / 2
+#: The clustering ends when fewer than this share of the cells change their cluster in an epoch.
+TOLERANCE = 0.001
+#: Starts of k-means.
+STARTS = 20
+
+
+def fit_deep_clustering(
+    module: IDEC,
+    store: CellStore,
+    train_rows: np.ndarray,
+    validation_rows: np.ndarray,
+    *,
+    choose_components: bool = False,
+    max_epochs: int | None = None,
+    batch_size: int = 128,
+    kl_warmup: float = 0.2,
+    early_stopping: bool = True,
+    checkpoint_dir: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    seed: int = 0,
+    **options: Any,
+) -> TrainingResult:
+    """Train ``module`` in place.
+
+    1. *Pretraining*: a denoising autoencoder, until its held-out error no longer falls.
+    2. Centres at the clusters of z: by k-means, or, if their number is to be chosen, by Leiden.
+    3. *Clustering*: error and clustering loss together, on clean inputs, until hardly a cell changes its cluster.
+
+    Parameters
+    ----------
+    module
+        The model.
+    store
+        The cells.
+    train_rows, validation_rows
+        Rows of the store, (n,) int64.
+    choose_components
+        Let a graph clustering choose the number of centres.
+    max_epochs
+        Epochs of the pretraining; None for about 6,000 optimiser steps. The clustering takes at most half of it.
+    kl_warmup, early_stopping
+        As for :func:`sccvae.train.fit`; of the pretraining.
+    batch_size, checkpoint_dir, callbacks, seed, **options
+        As for :func:`sccvae.train.fit`; each phase has a folder of its own in ``checkpoint_dir``.
+
+    Returns
+    -------
+    History over both phases (``phase`` is 0 or 1), whether it was interrupted, and the trainer.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer training cells than centres, and as for :func:`sccvae.train.fit`.
+    FloatingPointError
+        As for :func:`sccvae.train.fit`.
+    """
+    if not choose_components and len(train_rows) < module.n_components:
+        msg = f"n_components={module.n_components}, but there are only {len(train_rows)} training cells."
+        raise ValueError(msg)
+    epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
+    frames: list[pd.DataFrame] = []
+
+    def phase(name: str, epochs: int, own: Sequence[Callback] = (), **more: Any) -> TrainingResult:
+        found = fit(
+            module,
+            store,
+            train_rows,
+            validation_rows,
+            max_epochs=epochs,
+            batch_size=batch_size,
+            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir) / name,
+            callbacks=[*callbacks, *own],
+            seed=seed + len(frames),
+            description=name,
+            **options | more,
+        )
+        frame = pd.concat([*found.history.values()], axis=1) if found.history else pd.DataFrame()
+        frames.append(frame.assign(phase=float(len(frames))))
+        table = pd.concat(frames, ignore_index=True).rename_axis(index="epoch")
+        return TrainingResult({column: table[[column]] for column in table}, found.interrupted, found.trainer)
+
+    module.stage = "pretraining"
+    try:
+        result = phase("pretraining", epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
+    finally:
+        module.stage = "clustering"
+    if result.interrupted:
+        return result
+    rows = train_rows
+    if len(rows) > MAX_CELLS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_CELLS, replace=False))
+    z = _over(store, rows, module, lambda batch: module.inference(batch)["z"]).cpu().numpy()
+    if choose_components:
+        found = Communities(neighbor_graph(z), seed).stable()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module.set_components(found.n_clusters)
+    else:
+        found = _k_means(z, module.n_components, seed)
+    logger.info("Centres: %d clusters of sizes %s", found.n_clusters, np.bincount(found.labels[found.labels >= 0]))
+    centers = np.stack([z[found.labels == k].mean(0) for k in range(found.n_clusters)])
+    module.place(torch.from_numpy(centers))
+    target = TargetDistribution(store, train_rows)
+    free = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
+    return phase("clustering", max(1, round(CLUSTERING * epochs)), [target], **free)
+
+
+class TargetDistribution(Callback):
+    """Brings the frequencies of IDEC's clusters up to date after each epoch; ends the training when labels are stable.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    rows
+        Those of the training, (n,) int64.
+    tolerance
+        Share of the cells that must change their cluster in an epoch for the training to go on.
+
+    Attributes
+    ----------
+    labels
+        Cluster of each cell, (n,) int64.
+    changed
+        For each epoch, the share of the cells that changed their cluster.
+    """
+
+    def __init__(self, store: CellStore, rows: np.ndarray, tolerance: float = TOLERANCE) -> None:
+        self.store, self.rows, self.tolerance = store, rows, tolerance
+        self.labels: torch.Tensor | None = None
+        self.changed: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the cells; after an interruption this finds what the last epoch had left."""
+        self._update(pl_module.module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the cells, and compare."""
+        before = self.labels
+        self._update(pl_module.module)
+        self.changed.append(float((self.labels != before).double().mean()))
+        trainer.should_stop |= self.changed[-1] < self.tolerance
+
+    def _update(self, module: IDEC) -> None:
+        total = torch.zeros_like(module.frequencies, dtype=torch.float64)
+
+        def look(batch: Batch) -> torch.Tensor:
+            q = module.classify(batch)
+            total.add_(q.sum(0, dtype=torch.float64))
+            return q.argmax(1)
+
+        training = module.training
+        self.labels = _over(self.store, self.rows, module, look)
+        module.frequencies.copy_(total)
+        module.train(training)
+
+
+def _k_means(z: np.ndarray, n_clusters: int, seed: int) -> Guide:
+    """Clusters by k-means, the largest first."""
+    labels = KMeans(n_clusters, n_init=STARTS, random_state=seed).fit_predict(z)
+    order = np.argsort(-np.bincount(labels, minlength=n_clusters), kind="stable")
+    return Guide(np.argsort(order)[labels], n_clusters)
+
+
+@torch.no_grad()
+def _over(store: CellStore, rows: np.ndarray, module: IDEC, look: Any) -> torch.Tensor:
+    """``look(batch)`` over mini-batches of the rows, in order, with the module in evaluation mode."""
+    module.eval()
+    return torch.cat(
+        [
+            look(Batch(**{name: t.to(module.device) for name, t in tensors.items()}))
+            for chunk in ChunkLoader(store, rows, 1024)
+            for tensors in chunk
+        ]
+    )

@@ -1,0 +1,313 @@
+"""The GMVAE on AnnData: clusters and what is read from them, labels, guides, saving, resuming."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+from sccvae import datasets, metrics
+from sccvae.model import GMVAE, load
+
+FAST = {"progress_bar": False, "accelerator": "cpu", "batch_size": 32, "lr": 3e-3}
+TINY = {"likelihood": "normal", "n_latent": 5, "n_hidden": 32, "n_w": 2}
+
+
+def make_cells(n_per_group: int = 30):
+    """Five classes under two conditions; ``some`` holds the class of every fifth cell, else NaN or "Unknown"."""
+    adata = datasets.blobs(n_per_group=n_per_group)
+    some = adata.obs["class"].astype(object)
+    rest = np.arange(adata.n_obs) % 5
+    some[rest > 0] = np.nan
+    some[rest == 1] = "Unknown"
+    adata.obs["some"] = some
+    return adata
+
+
+def make(adata, *, setup=None, train=True, max_epochs=2, guide=None, **options) -> GMVAE:
+    GMVAE.setup_anndata(adata, **({"batch_key": "condition"} if setup is None else setup))
+    model = GMVAE(adata, **TINY | options)
+    if train:
+        model.train(max_epochs=max_epochs, guide=guide, **FAST)
+    return model
+
+
+@pytest.fixture(scope="module")
+def gmvae() -> GMVAE:
+    """Five components, trained until they are the classes."""
+    return make(make_cells(), max_epochs=30, n_components=5)
+
+
+@pytest.fixture(scope="module")
+def taught() -> GMVAE:
+    """Semi-supervised; the number of components was chosen by the training."""
+    setup = {"batch_key": "condition", "labels_key": "some", "unlabeled_category": "Unknown"}
+    return make(make_cells(), setup=setup, max_epochs=30)
+
+
+# what is read from the clusters
+
+
+def test_the_classes_are_found(gmvae):
+    assert metrics.clustering(gmvae.adata.obs["class"], gmvae.predict())["ari"] > 0.9
+
+
+def test_predictions_agree_with_each_other(gmvae):
+    names = ["0", "1", "2", "3", "4"]
+    hard, soft, q = gmvae.predict(), gmvae.predict(soft=True), gmvae.predict_proba()
+    assert (hard.name, list(hard.cat.categories)) == ("gmvae", names)
+    assert list(hard.index) == list(soft.index) == list(gmvae.adata.obs_names)
+    assert (list(soft.columns), soft.to_numpy().dtype) == (names, np.float32)
+    np.testing.assert_array_equal(soft, q)
+    np.testing.assert_allclose(q.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(hard.astype(int), q.argmax(1))
+    rows = [7, 3, 11]
+    assert list(gmvae.predict(indices=rows).index) == list(gmvae.adata.obs_names[rows])
+    np.testing.assert_allclose(gmvae.predict_proba(indices=rows, batch_size=2), q[rows], atol=1e-6)
+    mask = np.zeros(300, dtype=bool)
+    mask[rows] = True
+    np.testing.assert_allclose(gmvae.predict_proba(indices=mask), q[sorted(rows)], atol=1e-6)
+
+
+def test_entropy_and_effective_number(gmvae):
+    q = gmvae.predict_proba().astype(float)
+    found = gmvae.get_entropy()
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, -(q * np.log(np.maximum(q, 1e-12))).sum(1), atol=1e-5)
+    assert (found >= -1e-6).all()
+    assert (found <= np.log(5) + 1e-5).all()
+    share = q.mean(0)
+    assert gmvae.effective_n_components() == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+    assert 1 <= gmvae.effective_n_components(indices=[0]) <= gmvae.effective_n_components() <= 5
+
+
+def test_components_lie_amid_their_cells(gmvae):
+    mean, variance = gmvae.get_components()
+    assert mean.shape == variance.shape == (5, 5)
+    assert list(mean.index) == gmvae.component_names
+    assert (variance.to_numpy() > 0).all()
+    z, found = gmvae.get_latent_representation(), gmvae.predict()
+    distance = np.linalg.norm(z[:, None] - mean.to_numpy(), axis=2)
+    assert (distance.argmin(1) == found.astype(int)).mean() > 0.9
+
+
+def test_outlier_score_is_the_density_of_the_mixture(gmvae):
+    score = gmvae.get_outlier_score()
+    assert (score.dtype, score.shape) == (np.float32, (300,))
+    module = gmvae.module
+    with torch.no_grad():
+        (batch,) = gmvae._stream(None, range(3))
+        q = module.inference(batch)
+        p = module.components(q["w"].loc)
+    for i in range(3):
+        parts = [
+            multivariate_normal.pdf(q["z"].loc[i], p.loc[i, k].numpy(), np.diag(p.variance[i, k].numpy()))
+            for k in range(5)
+        ]
+        assert score[i] == pytest.approx(-np.log(np.mean(parts)), rel=1e-3)
+    strange = gmvae.adata.copy()
+    strange.X = strange.X + 30
+    assert gmvae.get_outlier_score(strange).min() > np.median(score)
+
+
+def test_components_merge_step_by_step(gmvae):
+    levels = gmvae.merge_components()
+    assert list(levels.columns) == [1, 2, 3, 4, 5]
+    assert list(levels.nunique()) == [1, 2, 3, 4, 5]
+    for n in (1, 2, 3, 4):  # each level joins groups of the one below
+        assert (levels.groupby(n + 1)[n].nunique() == 1).all()
+    one = gmvae.merge_components(3)
+    assert list(one.columns) == [3]
+    mapped = gmvae.predict().map(one[3])
+    assert mapped.nunique() <= 3
+    for wrong in (0, 6):
+        with pytest.raises(ValueError, match=f"n_clusters={wrong} must be between 1 and the number of components, 5"):
+            gmvae.merge_components(wrong)
+
+
+def test_samples_of_a_component_are_of_its_class(gmvae):
+    truth = pd.crosstab(gmvae.predict(), gmvae.adata.obs["class"])
+    for name in gmvae.component_names:
+        made = gmvae.sample(40, component=name, batch="treated", seed=1)
+        assert set(made.obs["component"]) == {name}
+        assert set(made.obs["condition"]) == {"treated"}
+        again = gmvae.predict(made)
+        assert (again == name).mean() > 0.6, truth
+    assert gmvae.sample(3, component=int(gmvae.component_names[1])).obs["component"].eq("1").all()
+    for made in (gmvae.sample(5, seed=2), gmvae.sample(5, seed=2)):
+        np.testing.assert_array_equal(made.X, gmvae.sample(5, seed=2).X)
+    with pytest.raises(ValueError, match=r"component='9' is not one of \['0', '1'"):
+        gmvae.sample(2, component="9")
+    with pytest.raises(ValueError, match="n=0 must be at least 1"):
+        gmvae.sample(0)
+
+
+def test_components_are_drawn_as_often_as_in_the_training_data(gmvae):
+    drawn = gmvae.sample(2_000).obs["component"].value_counts(normalize=True, sort=False)
+    expected = gmvae.predict_proba(indices=gmvae.train_indices).mean(0)
+    np.testing.assert_allclose(gmvae.reference["component_shares"], expected, rtol=1e-4)
+    np.testing.assert_allclose(drawn, expected, atol=0.04)
+
+
+def test_correction_moves_cells_to_the_other_condition(gmvae):
+    adata = gmvae.adata
+    treated = (adata.obs["condition"] == "treated").to_numpy()
+    to = gmvae.get_normalized_expression(transform_batch="control", return_numpy=True)
+    own = gmvae.get_normalized_expression(return_numpy=True)
+    shift = adata.uns["blobs"]["condition_shift"]
+    np.testing.assert_allclose(to[~treated], own[~treated], atol=1e-5)
+    moved = (own[treated] - to[treated]).mean(0)
+    assert moved @ shift / (shift @ shift) > 0.5
+    with pytest.raises(ValueError, match="drug"):
+        gmvae.get_normalized_expression(transform_batch="drug")
+
+
+def test_importance_bound_is_above_the_elbo(gmvae):
+    rows = gmvae.validation_indices
+    few = gmvae.get_marginal_ll(indices=rows, n_mc_samples=1)
+    many = gmvae.get_marginal_ll(indices=rows, n_mc_samples=200)
+    assert np.isfinite([few, many]).all()
+    assert many > few
+    assert many > gmvae.get_elbo(indices=rows)
+    assert gmvae.get_marginal_ll(indices=rows[:3], n_mc_samples=5, return_mean=False).shape == (3,)
+
+
+# labels
+
+
+def test_labels_name_components_and_reach_all_cells(taught):
+    assert taught.classes == taught.component_names == list("ABCDE")
+    assert taught.n_components == taught.settings["n_components"] == 5
+    found, truth = taught.predict().astype(str), taught.adata.obs["class"].astype(str)
+    assert (found == truth)[taught.adata.obs["some"].isin(list("ABCDE"))].all()
+    assert (found == truth).mean() > 0.95
+
+
+def test_cells_without_the_labels_column_are_predicted(taught):
+    new = datasets.blobs(n_per_group=5, seed=1)
+    new.X = taught.adata.X[: new.n_obs].copy()
+    new.obs["condition"] = taught.adata.obs["condition"].to_numpy()[: new.n_obs]
+    np.testing.assert_allclose(taught.predict_proba(new), taught.predict_proba()[: new.n_obs], atol=1e-6)
+
+
+def test_more_components_than_classes_take_numbers():
+    model = make(make_cells(), setup={"labels_key": "some", "unlabeled_category": "Unknown"}, n_components=7)
+    assert model.component_names == [*"ABCDE", "5", "6"]
+    assert set(model.predict(soft=True).columns) == set(model.component_names)
+
+
+def test_labels_that_cannot_be_used_raise():
+    adata = make_cells(6)
+    GMVAE.setup_anndata(adata, labels_key="class")
+    with pytest.raises(ValueError, match=r"n_components=4, but adata.obs\['class'\] has 5 classes .* Raise"):
+        GMVAE(adata, n_components=4, **TINY)
+    adata.obs["none"] = np.nan
+    with pytest.raises(ValueError, match=r"obs\['none'\] has no label at all"):
+        GMVAE.setup_anndata(adata, labels_key="none")
+    adata.obs["none"] = "Unknown"
+    with pytest.raises(ValueError, match="has no label at all: 60 of 60 cells are 'Unknown'"):
+        GMVAE.setup_anndata(adata, labels_key="none", unlabeled_category="Unknown")
+
+
+def test_a_label_that_was_not_there_at_the_setup_raises():
+    adata = make_cells(6)
+    model = make(adata, setup={"labels_key": "some", "unlabeled_category": "Unknown"}, train=False)
+    adata.obs["some"] = "F"
+    with pytest.raises(ValueError, match=r"holds \['F'\], which are not among the classes of the model: \['A', 'B'"):
+        model.train(max_epochs=1, **FAST)
+
+
+# guides
+
+
+def test_a_guide_starts_the_clusters_also_with_gaps():
+    adata = make_cells()
+    guide = adata.obs["class"].astype(object)
+    guide[np.arange(adata.n_obs) % 2 == 0] = np.nan
+    model = make(adata, max_epochs=20, guide=guide)
+    assert model.n_components == 5  # as many as the guide has
+    assert model.component_names == ["0", "1", "2", "3", "4"]  # a guide gives no names
+    expected = adata.obs["class"].cat.codes.astype(str)
+    assert (model.predict().astype(str) == expected).mean() > 0.9
+
+
+def test_a_guide_is_a_column_or_an_array():
+    adata = make_cells(6)
+    model = make(adata, train=False)
+    codes = adata.obs["class"].cat.codes.to_numpy()
+    for guide in ("class", adata.obs["class"], adata.obs["class"].to_numpy(), list(codes)):
+        np.testing.assert_array_equal(model._guide_labels(guide), codes)
+    holes = np.where(codes == 2, np.nan, codes)
+    np.testing.assert_array_equal(model._guide_labels(holes), [[0, 1, -1, 2, 3][c] for c in codes])
+    taught = make(adata, setup={"labels_key": "class"}, train=False)
+    named = np.array(["new", "E"], dtype=object)[codes % 2]  # classes come first, in their order
+    np.testing.assert_array_equal(taught._guide_labels(named), np.where(codes % 2, 4, 5))
+
+
+def test_guides_that_cannot_be_used_raise():
+    adata = make_cells(6)
+    model = make(adata, train=False, n_components=3)
+    for guide, error, message in [
+        ("kind", KeyError, "guide='kind': there is no such column; adata.obs has"),
+        (["a", "b"], ValueError, "guide has 2 values, adata 60 cells"),
+        (np.full(60, np.nan), ValueError, "guide has no value at all"),
+        ("class", ValueError, "guide has 5 clusters, n_components=3; make it at least that"),
+    ]:
+        with pytest.raises(error, match=message):
+            model.train(max_epochs=1, guide=guide, **FAST)
+
+
+# on disk
+
+
+def test_saved_and_loaded_it_is_the_same(gmvae, taught, tmp_path):
+    for name, model in (("a", gmvae), ("b", taught)):
+        model.save(tmp_path / name)
+        back = load(tmp_path / name)
+        assert (back.n_components, back.component_names) == (model.n_components, model.component_names)
+        np.testing.assert_array_equal(back.predict_proba(model.adata), model.predict_proba())
+        np.testing.assert_array_equal(back.sample(4).X, model.sample(4).X)
+        assert list(back.history["phase"]["phase"]) == list(model.history["phase"]["phase"])
+    attached = GMVAE.load(tmp_path / "b", taught.adata.copy())
+    pd.testing.assert_series_equal(attached.predict(), taught.predict())
+
+
+def test_the_number_that_training_chose_is_kept(tmp_path):
+    adata = make_cells(6)
+    model = make(adata, max_epochs=3)
+    assert model.settings["n_components"] == model.n_components > 1
+    model.save(tmp_path / "m")
+    back = GMVAE.load(tmp_path / "m", make_cells(6))
+    assert back.n_components == model.n_components
+    np.testing.assert_array_equal(back.predict_proba(), model.predict_proba())
+
+
+class StopAt:
+    """Ctrl-C at the start of an epoch of a phase."""
+
+    def __new__(cls, stage: str, epoch: int):
+        from lightning import Callback
+
+        class Stop(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                if pl_module.module.stage == stage and trainer.current_epoch == epoch:
+                    raise KeyboardInterrupt
+
+        return Stop()
+
+
+@pytest.mark.parametrize(("stage", "epoch"), [("warmup", 2), ("mixture", 1)])
+def test_resumed_training_gives_the_same_weights(tmp_path, stage, epoch):
+    options = {"max_epochs": 6, **FAST}
+    whole = make(make_cells(6), train=False, n_components=3)
+    whole.train(**options)
+    part = make(make_cells(6), train=False, n_components=3)
+    part.train(**options, checkpoint_dir=tmp_path / "state", callbacks=[StopAt(stage, epoch)])
+    assert len(part.history["phase"]) < len(whole.history["phase"])
+    rest = make(make_cells(6), train=False, n_components=3)
+    rest.train(**options, checkpoint_dir=tmp_path / "state")
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, rest.module.state_dict()[name]), name
+    assert len(rest.history["phase"]) == len(whole.history["phase"])

@@ -1,0 +1,213 @@
+"""The guide: neighbour graph, communities, and labels that spread along the graph."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from scipy import sparse
+from sklearn.metrics import adjusted_rand_score
+
+from sccvae.train.guide import Communities, by_size, core, neighbor_graph, spread
+
+SIZES = [60, 50, 40, 30, 20]
+
+
+def make_blobs(sizes=SIZES, distance=20.0, seed=0):
+    """Normal blobs at the corners of a simplex, and their labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    return distance * np.eye(len(sizes))[labels] + rng.normal(size=(len(labels), len(sizes))), labels
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    z, labels = make_blobs()
+    return neighbor_graph(z), labels
+
+
+# The graph
+
+
+@pytest.mark.parametrize(("n", "k"), [(40, 5), (40, 15), (6, 15)])
+def test_neighbor_graph_is_that_by_brute_force(n, k):
+    z = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
+    graph = neighbor_graph(z, k)
+    assert graph.format == "csr"
+    distance = ((z[:, None] - z[None]) ** 2).sum(-1)
+    near = [set(np.argsort(row)[: min(k, n - 1) + 1].tolist()) for row in distance]
+    wanted = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            if i != j and (j in near[i] or i in near[j]):
+                wanted[i, j] = len(near[i] & near[j]) / len(near[i] | near[j])
+    np.testing.assert_allclose(graph.toarray(), wanted, rtol=1e-12)
+    assert (graph != graph.T).nnz == 0
+    assert (graph.diagonal() == 0).all()
+    assert graph.data.min() > 0
+    assert graph.data.max() <= 1
+
+
+def test_neighbor_graph_of_few_points():
+    assert neighbor_graph(np.zeros((1, 2))).nnz == 0
+    assert neighbor_graph(np.array([[0.0], [1.0]])).toarray().tolist() == [[0, 1], [1, 0]]
+
+
+# Communities
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_communities_are_merged_to_the_wanted_number(blobs, k):
+    """Whole blobs only: fewer clusters than blobs join them, as no resolution can where no edge runs between."""
+    graph, labels = blobs
+    guide = Communities(graph).with_clusters(k)
+    assert guide.n_clusters == k
+    assert guide.labels.dtype == np.int64
+    assert set(guide.labels) == set(range(k))
+    for blob in range(5):
+        assert len(set(guide.labels[labels == blob])) == 1
+    if k == 5:
+        assert (guide.labels == labels).all()  # numbered by size
+
+
+@pytest.mark.parametrize("k", [7, 9])
+def test_more_clusters_than_blobs(blobs, k):
+    graph, labels = blobs
+    guide = Communities(graph).with_clusters(k)
+    assert guide.n_clusters == k
+    for cluster in range(k):
+        assert len(set(labels[guide.labels == cluster])) == 1
+
+
+def test_merging_joins_what_hangs_together():
+    """Two pairs of blobs that touch, far from each other: four clusters become those two pairs."""
+    z, labels = make_blobs([50, 50, 50, 50], distance=3.5)
+    z[labels >= 2] += 100
+    guide = Communities(neighbor_graph(z)).with_clusters(4)
+    assert adjusted_rand_score(labels, guide.labels) > 0.9
+    merged = Communities(neighbor_graph(z))._merged(guide, 2)
+    assert merged.n_clusters == 2
+    assert adjusted_rand_score(labels >= 2, merged.labels) == 1
+
+
+def test_fewer_clusters_than_wanted_where_there_are_no_more(blobs):
+    guide = Communities(blobs[0]).with_clusters(100)  # of 200 cells: a cluster has at least five
+    assert 5 < guide.n_clusters <= 40
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [40] * 6, [30] * 8])
+def test_stable_finds_the_number_of_blobs(sizes):
+    z, labels = make_blobs(sizes)
+    guide = Communities(neighbor_graph(z)).stable()
+    assert guide.n_clusters == len(sizes)
+    assert adjusted_rand_score(labels, guide.labels) == 1
+
+
+def test_same_seed_same_communities_and_random_state_left_alone(blobs):
+    z = np.random.default_rng(0).normal(size=(150, 3))
+    graph = neighbor_graph(z)
+    random.seed(1)
+    state = random.getstate()
+    a, b = (Communities(graph, seed=3).at(1.0).labels for _ in range(2))
+    assert (a == b).all()
+    assert random.getstate() == state
+
+
+def test_higher_resolution_more_communities():
+    graph = neighbor_graph(np.random.default_rng(0).normal(size=(300, 2)))
+    numbers = [Communities(graph).at(r).n_clusters for r in (0.05, 1.0, 5.0)]
+    assert numbers[0] < numbers[1] < numbers[2]
+
+
+# Sizes
+
+
+def test_by_size():
+    labels = np.array([7] * 6 + [3] * 10 + [9] * 4 + [-1] * 5 + [5] * 6)
+    guide = by_size(labels)
+    assert guide.n_clusters == 3
+    assert guide.labels.dtype == np.int64
+    wanted = {3: 0, 5: 1, 7: 2, 9: -1, -1: -1}  # 9 is too small; equals keep their order
+    assert guide.labels.tolist() == [wanted[k] for k in labels]
+
+
+def test_by_size_keeps_small_clusters_where_there_are_no_others():
+    guide = by_size(np.array([4, 4, 2, -1]))
+    assert guide.labels.tolist() == [0, 0, 1, -1]
+    assert guide.n_clusters == 2
+    nothing = by_size(np.array([-1, -1]))
+    assert nothing.labels.tolist() == [-1, -1]
+    assert nothing.n_clusters == 0
+
+
+def test_by_size_of_many_cells_leaves_out_a_small_share():
+    labels = np.repeat([0, 1], [9990, 10])  # 0.1 %
+    assert by_size(labels).n_clusters == 1
+    assert by_size(np.repeat([0, 1], [9970, 30])).n_clusters == 2
+
+
+# Labels along the graph
+
+
+def test_spread_fills_the_components_of_the_graph(blobs):
+    graph, labels = blobs
+    known = np.full(len(labels), -1)
+    for blob, new in [(0, 1), (2, 0), (4, 2)]:
+        known[np.flatnonzero(labels == blob)[0]] = new
+    heat = spread(graph, known, 3)
+    assert heat.shape == (len(labels), 3)
+    for blob, new in [(0, 1), (2, 0), (4, 2)]:
+        np.testing.assert_allclose(heat[labels == blob], np.eye(3)[[new]].repeat(SIZES[blob], 0), atol=1e-12)
+    assert (heat[(labels == 1) | (labels == 3)] == 0).all()  # nothing leads there
+
+
+def test_known_labels_stay_and_rows_sum_to_one():
+    z = np.random.default_rng(0).normal(size=(80, 2))
+    graph = neighbor_graph(z)
+    known = np.full(80, -1)
+    known[:10] = np.arange(10) % 3
+    heat = spread(graph, known, 4)
+    assert (heat[:10] == np.eye(4)[known[:10]]).all()
+    np.testing.assert_allclose(heat.sum(1), 1)
+    assert (heat[:, 3] == 0).all()  # no cell has that label
+    assert heat.min() >= 0
+
+
+def test_spread_along_a_chain():
+    """Labels at both ends: every cell of the path takes the nearer one."""
+    n = 9
+    path = sparse.diags([np.ones(n - 1), np.ones(n - 1)], [-1, 1]).tocsr()
+    known = np.full(n, -1)
+    known[0], known[-1] = 0, 1
+    heat = spread(path, known, 2)
+    assert (heat[: n // 2].argmax(1) == 0).all()
+    assert (heat[n // 2 + 1 :].argmax(1) == 1).all()
+    np.testing.assert_allclose(heat[n // 2], 0.5)
+    np.testing.assert_allclose(heat, heat[::-1, ::-1])
+
+
+def test_core_leaves_out_what_lies_between():
+    z, labels = make_blobs([60, 60], distance=2.0)
+    graph = neighbor_graph(z)
+    found = core(graph, labels, 2)
+    votes = np.stack([graph @ (labels == k) for k in range(2)], 1)
+    share = votes[np.arange(120), labels] / votes.sum(1)
+    assert (found == np.where(share >= 0.8, labels, -1)).all()
+    assert 0 < (found < 0).sum() < 60
+    assert (core(graph, labels, 2, agreement=0.0) == labels).all()
+
+
+def test_core_keeps_separate_clusters_and_gives_no_new_labels(blobs):
+    graph, labels = blobs
+    some = np.where(np.arange(len(labels)) % 10 == 0, -1, labels)
+    found = core(graph, some, 5, agreement=0.5)
+    assert (found[some < 0] == -1).all()
+    assert (found[some >= 0] == some[some >= 0]).mean() > 0.95
+
+
+def test_core_leaves_no_cluster_without_a_label():
+    z, labels = make_blobs([60, 60])
+    labels[::7] = 2  # scattered: no neighbours agree
+    found = core(neighbor_graph(z), labels, 3)
+    assert (found[labels == 2] == 2).all()
