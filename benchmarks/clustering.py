@@ -9,6 +9,7 @@ trained on; cells are scored where they were clustered. The control scores the s
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def image_sets(name: str, validation: bool) -> tuple[AnnData, AnnData]:
 
 
 def hide_labels(adata: AnnData, key: str, labels: float, seed: int) -> None:
-    """Put ``obs["known"]``: so many labels (a count of 1 or more, or a share), as many for each class as it has cells."""
+    """Put ``obs["known"]``: so many labels (a count of 1 or more, or a share), in every class."""
     rng = np.random.default_rng(seed)
     truth = adata.obs[key].astype(object)
     share = labels if labels < 1 else labels / adata.n_obs
@@ -205,6 +206,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="CSV of single runs to add to: a long benchmark in several parts")
     parser.add_argument("--no-write", action="store_true", help="leave benchmarks/RESULTS.md as it is")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("sccvae").setLevel(logging.INFO)  # what the guide found
     key = ["data", "K", "labels", "method", "seed"]
     table = pd.read_csv(args.table, dtype={"K": str, "labels": str}) if args.table and args.table.exists() else None
     for name in args.data:

@@ -68,24 +68,24 @@ def pca(n_seeds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def cvae(
-    n_seeds: int, only: list[str] | None = None, validation: bool = False, n_latent: int = 10, epochs: int = 12
-) -> pd.DataFrame:
+def cvae(n_seeds: int, only: list[str] | None = None, validation: bool = False) -> pd.DataFrame:
     """Which prior keeps the digit in z? Accuracy of the 15 nearest training images in z, for the test images.
 
-    z is the mean of q(z|x,c), or a draw from it. The prior speaks of draws: a digit that needs few dimensions, such as
+    z has 8 dimensions; it is the mean of q(z|x,c), or a draw from it. The prior speaks of draws: a digit that needs few dimensions, such as
     1, has means at zero in the others, and so is known by its means where its draws are not.
 
-    Latent dimensions and epochs were chosen on 10,000 of the training images (``--validation``).
+    The dimensions of z were chosen on 10,000 of the training images (``--validation``): the more there are, the more of
+    the digit both keep (fixed prior, means: 0.47, 0.60, 0.77 with 8, 10, 20 dimensions; VAE: 0.951, 0.962, 0.971).
     """
     train, test = mnist()
     if validation:
         order = np.random.default_rng(0).permutation(train.n_obs)
         train, test = train[order[10_000:]].copy(), train[order[:10_000]].copy()
     # Three layers: a decoder that makes little of c leaves the digit in z whatever the prior.
-    network = {"n_hidden": 256, "n_layers": 3, "n_latent": n_latent}
+    network = {"n_hidden": 256, "n_layers": 3}
     kinds = {
         "VAE": (VAE, {"likelihood": "bernoulli"}),
+        "VAE, 20 dimensions": (VAE, {"likelihood": "bernoulli", "n_latent": 20}),
         "CVAE, learned prior": (CVAE, {"prior": "learned", "likelihood": "bernoulli"}),
         # The source text's likelihood (4.2.7): a weaker reconstruction, so the blobs of the prior count for more.
         "CVAE, learned prior, unit normal": (CVAE, {"prior": "learned", "likelihood": Normal("unit")}),
@@ -96,8 +96,8 @@ def cvae(
         for name, (model_class, options) in ((k, v) for k, v in kinds.items() if not only or k in only):
             start = time.perf_counter()
             model_class.setup_anndata(train, batch_key="label")
-            model = model_class(train, seed=seed, **network, **options)
-            model.train(epochs, batch_size=256, lr=2e-3, seed=seed, **CPU)
+            model = model_class(train, seed=seed, **{"n_latent": 8} | network | options)
+            model.train(12, batch_size=256, lr=2e-3, seed=seed, **CPU)
             accuracy = {}
             for mean in (False, True):  # last, the means: they are drawn below
                 z, z_test = (model.get_latent_representation(a, give_mean=mean) for a in (train, test))
@@ -113,7 +113,7 @@ def cvae(
                 }
             )
             print(rows[-1], flush=True)
-            if seed == 0 and not validation:
+            if seed == 0 and not validation and name != "VAE, 20 dimensions":
                 _draw(name, model, test, z_test)
     return pd.DataFrame(rows)
 
@@ -180,14 +180,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="with cvae: these models")
     parser.add_argument("--validation", action="store_true", help="with cvae: score on held-out training images")
-    parser.add_argument("--n-latent", type=int, default=10, help="with cvae")
-    parser.add_argument("--epochs", type=int, default=12, help="with cvae")
     parser.add_argument("--no-write", action="store_true", help="leave benchmarks/RESULTS.md as it is")
     args = parser.parse_args()
     job = {"pca": pca, "cvae": cvae, "density": density}[args.what]
     options = {}
     if args.what == "cvae":
-        options = {k: getattr(args, k) for k in ("only", "validation", "n_latent", "epochs")}
+        options = {k: getattr(args, k) for k in ("only", "validation")}
     table = job(args.seeds, **options)
     print(table.to_string(index=False))
     if not args.no_write:

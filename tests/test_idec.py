@@ -83,11 +83,11 @@ def test_loss_and_its_gradient():
     plate.frequencies = torch.from_numpy(2.0 * q.sum(0) + 1)  # of more cells than these
     p = numpy_target(q, 2.0 * q.sum(0) + 1)
     penalty = plate.penalties(batch)["clustering"]
-    assert penalty.item() == pytest.approx(0.3 * (p * np.log(p / q)).sum(1).mean(), rel=1e-10)
+    assert penalty.item() == pytest.approx(0.3 * G * (p * np.log(p / q)).sum(1).mean(), rel=1e-10)
     penalty.backward()
     shift = z[:, None] - centers[None]
     pull = ((p - q) / (1 + (shift**2).sum(-1)))[..., None] * shift
-    np.testing.assert_allclose(plate.centers.grad, -2 * 0.3 * pull.sum(0) / N, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(plate.centers.grad, -2 * 0.3 * G * pull.sum(0) / N, rtol=1e-8, atol=1e-12)
     objective, report = plate.loss(batch)
     error = (batch.x - plate.generative(plate.inference(batch), batch).mean).square().sum(1).mean()
     torch.testing.assert_close(objective, error + penalty)

@@ -79,6 +79,7 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         seed: int = 0,
         registry: dict | None = None,
     ) -> None:
+        self._choose_components = n_components is None
         super().__init__(adata, registry, seed, settings_of(locals()))
         classes = self.classes
         if n_components is not None and n_components < len(classes):
@@ -157,36 +158,38 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         self.train_indices, self.validation_indices, self.test_indices = split_indices(
             len(store), train_size, validation_size, seed
         )
-        choose = self.settings["n_components"] is None
+        choose = self._choose_components
         if first is not None and not choose and first.max() >= self.module.n_components:
             msg = (
                 f"guide has {first.max() + 1} clusters, n_components={self.module.n_components}; make it at least that."
             )
             raise ValueError(msg)
-        result = fit_mixture(
-            self.module,
-            store,
-            self.train_indices,
-            self.validation_indices,
-            guide=first,
-            choose_components=choose,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            kl_weight=kl_weight,
-            kl_warmup=kl_warmup,
-            early_stopping=early_stopping,
-            patience=patience,
-            accelerator=accelerator,
-            devices=devices,
-            checkpoint_dir=checkpoint_dir,
-            seed=seed,
-            progress_bar=progress_bar,
-            callbacks=callbacks,
-            **trainer_options,
-        )
-        self.settings["n_components"] = self.module.n_components
+        try:
+            result = fit_mixture(
+                self.module,
+                store,
+                self.train_indices,
+                self.validation_indices,
+                guide=first,
+                choose_components=choose,
+                max_epochs=max_epochs,
+                batch_size=batch_size,
+                lr=lr,
+                weight_decay=weight_decay,
+                kl_weight=kl_weight,
+                kl_warmup=kl_warmup,
+                early_stopping=early_stopping,
+                patience=patience,
+                accelerator=accelerator,
+                devices=devices,
+                checkpoint_dir=checkpoint_dir,
+                seed=seed,
+                progress_bar=progress_bar,
+                callbacks=callbacks,
+                **trainer_options,
+            )
+        finally:  # also when the training fails: weights and settings must belong together
+            self.settings["n_components"] = self.module.n_components
         self._finish_training(result.training)
         some = np.random.default_rng(seed).permutation(self.train_indices)[:SHARES_OF]
         self.reference["component_shares"] = self.predict_proba(indices=some).mean(0, dtype=np.float64).tolist()

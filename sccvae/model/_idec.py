@@ -30,8 +30,7 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
     n_components
         Number K of clusters; None lets a graph clustering of the latent space choose it.
     gamma
-        Weight of the clustering loss beside the square error, a sum over features; the authors' program takes the
-        mean over features, so that their 0.1 is 0.1 times the number of features here.
+        Weight of the clustering loss beside the mean square error of a feature, as in the authors' program.
     noise, noise_level
         Denoising in the pretraining, as for :class:`AE`.
     n_latent, n_hidden, n_layers, activation, norm, dropout, skip, seed, registry
@@ -67,6 +66,7 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
         seed: int = 0,
         registry: dict | None = None,
     ) -> None:
+        self._choose_components = n_components is None
         super().__init__(adata, registry, seed, settings_of(locals()))
 
     def _make_module(self) -> module.IDEC:
@@ -129,7 +129,7 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
                 store,
                 self.train_indices,
                 self.validation_indices,
-                choose_components=self.settings["n_components"] is None,
+                choose_components=self._choose_components,
                 max_epochs=max_epochs,
                 batch_size=batch_size,
                 lr=lr,
@@ -147,6 +147,5 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
                 **trainer_options,
             )
         finally:  # a training that fails after the choice leaves a model that can still be saved
-            if self.module.n_components > 1:
-                self.settings["n_components"] = self.module.n_components
+            self.settings["n_components"] = self.module.n_components
         self._finish_training(result)

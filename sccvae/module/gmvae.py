@@ -158,7 +158,7 @@ class GMVAE(EvidenceModule):
 
     @torch.no_grad()
     def place(self, loc: Tensor, scale: Tensor) -> None:
-        """Put the components at ``loc`` with standard deviations ``scale``, both (K, d), whatever w."""
+        """Put the components at ``loc`` with standard deviations ``scale``, both (K, d)."""
         if loc.shape != (self.n_components, self.n_latent) or scale.shape != loc.shape:
             msg = f"loc {tuple(loc.shape)} and scale {tuple(scale.shape)}: {(self.n_components, self.n_latent)} needed."
             raise ValueError(msg)
@@ -190,7 +190,7 @@ class GMVAE(EvidenceModule):
         return self.log_q_y(self.likelihood.encoder_input(batch.x), z, self.c(batch)).exp()
 
     def q_d(self, q_y: Tensor) -> Tensor:
-        """Concentration of q(d|z,x), (n, K): alpha + q(y), which of all Dirichlets gives the largest ELBO."""
+        """Concentration of q(d|z,x), (n, K): alpha + q(y), the Dirichlet with the largest ELBO (y unseen)."""
         return self.alpha + q_y
 
     # ---- p

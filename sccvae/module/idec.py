@@ -18,7 +18,7 @@ class IDEC(GenerativeModule):
 
     A cell belongs to centre j with q_j ~ 1 / (1 + ||z - mu_j||^2), Student's t with one degree of freedom (equation 2).
     The head is trained towards the sharpened p_j ~ q_j^2 / f_j (equation 3), f_j being the sum of q_j over all training
-    cells, with ``gamma`` KL(p || q) added to the error; the error keeps the local structure of the data.
+    cells, with ``gamma`` G KL(p || q) added to the error; the error keeps the local structure of the data.
 
     Parameters
     ----------
@@ -27,8 +27,8 @@ class IDEC(GenerativeModule):
     n_components
         Number K of centres.
     gamma
-        Weight of the clustering loss. The error is a sum over features, as in the paper's equation 5; the authors'
-        program takes its mean over them, so that their 0.1 is 0.1 G here.
+        Weight of the clustering loss beside the mean square error of a feature, as in the authors' program: beside the
+        sum over features of equation 5 it counts G times.
     noise, noise_level
         Corruption of the input while the autoencoder is pretrained, as for :class:`sccvae.module.AE`.
     n_latent, n_hidden, n_layers, activation, norm, dropout, skip
@@ -74,7 +74,7 @@ class IDEC(GenerativeModule):
         if gamma < 0:
             msg = f"gamma={gamma} must not be negative."
             raise ValueError(msg)
-        self.gamma, self.n_latent = gamma, n_latent
+        self.weight, self.n_latent = gamma * n_features, n_latent
         self.stage: Literal["pretraining", "clustering"] = "clustering"
         mlp = {"activation": activation, "norm": norm, "dropout": dropout, "skip": skip}
         mlp["n_hidden"] = [n_hidden] * n_layers
@@ -129,8 +129,8 @@ class IDEC(GenerativeModule):
         return (2 * log_q.detach() - self.frequencies.log()).log_softmax(-1)
 
     def penalties(self, batch: Batch) -> dict[str, Tensor]:
-        """``clustering``: ``gamma`` KL(p || q), the mean over the batch (equation 6)."""
+        """``clustering``: ``gamma`` G KL(p || q), the mean over the batch (equation 6)."""
         if self.stage == "pretraining":
             return {}
         log_q = self.log_q_y(self.inference(batch)["z"])
-        return {"clustering": self.gamma * kl_categorical(self.log_target(log_q), log_q).mean()}
+        return {"clustering": self.weight * kl_categorical(self.log_target(log_q), log_q).mean()}

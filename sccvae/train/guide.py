@@ -137,7 +137,7 @@ class Communities:
             return guide  # the cells do not fall into that many
         return self._merged(best, n_clusters)
 
-    def stable(self, resolutions: tuple[float, ...] = (0.2, 0.35, 0.5, 0.7, 1.0, 1.4)) -> Guide:
+    def stable(self, resolutions: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)) -> Guide:
         """Communities at the resolution where another random order finds the same ones; among equals the finest."""
         found = []
         for resolution in resolutions:
@@ -147,7 +147,7 @@ class Communities:
             logger.info("resolution %g: %d clusters, stability %.3f", resolution, guides[0].n_clusters, agreement)
         best = max(agreement for agreement, _ in found)
         return max(
-            (guide for agreement, guide in found if agreement >= best - 0.05), key=lambda guide: guide.n_clusters
+            (guide for agreement, guide in found if agreement >= best - 0.02), key=lambda guide: guide.n_clusters
         )
 
     def _merged(self, guide: Guide, n_clusters: int) -> Guide:
