@@ -71,8 +71,8 @@ def pca(n_seeds: int) -> pd.DataFrame:
 def cvae(n_seeds: int, only: list[str] | None = None, validation: bool = False) -> pd.DataFrame:
     """Which prior keeps the digit in z? Accuracy of the 15 nearest training images in z, for the test images.
 
-    z has 8 dimensions; it is the mean of q(z|x,c), or a draw from it. The prior speaks of draws: a digit that needs few dimensions, such as
-    1, has means at zero in the others, and so is known by its means where its draws are not.
+    z has 8 dimensions; it is the mean of q(z|x,c), or a draw from it. The prior speaks of draws: a digit that needs few
+    dimensions, such as 1, has means at zero in the others, and is known by its means where its draws are not.
 
     The dimensions of z were chosen on 10,000 of the training images (``--validation``): the more there are, the more of
     the digit both keep (fixed prior, means: 0.47, 0.60, 0.77 with 8, 10, 20 dimensions; VAE: 0.951, 0.962, 0.971).

@@ -10,7 +10,7 @@ import igraph
 import numpy as np
 from scipy import sparse
 from sklearn.decomposition import PCA
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_CELLS = 30_000
 #: Resolutions searched for a number of clusters, and trials of the search.
 RESOLUTIONS, TRIALS = (0.005, 10.0), 16
+#: Cells that a silhouette is taken of.
+SILHOUETTE_CELLS = 4_000
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -107,13 +109,19 @@ class Communities:
         self.graph = igraph.Graph(n=graph.shape[0], edges=np.column_stack([upper.row, upper.col]))
         self.weights = upper.data
         self.seed = seed
+        self._found: dict[tuple[float, int | None], Guide] = {}
 
     def at(self, resolution: float, seed: int | None = None) -> Guide:
         """Communities by modularity (Traag et al. 2019), the largest first; tiny ones get no label."""
+        if (resolution, seed) not in self._found:
+            self._found[resolution, seed] = self._leiden(resolution, seed)
+        return self._found[resolution, seed]
+
+    def _leiden(self, resolution: float, seed: int | None) -> Guide:
         igraph.set_random_number_generator(random.Random(self.seed if seed is None else seed))
         try:
             found = self.graph.community_leiden(
-                "modularity", weights=self.weights, resolution=resolution, n_iterations=4
+                "modularity", weights=self.weights, resolution=resolution, n_iterations=3
             )
         finally:
             igraph.set_random_number_generator(random)
@@ -135,7 +143,7 @@ class Communities:
             at = (low + high) / 2
         if best is None:
             return guide  # the cells do not fall into that many
-        return self._merged(best, n_clusters)
+        return self.merged(best, n_clusters)
 
     def stable(self, resolutions: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)) -> Guide:
         """Communities at the resolution where another random order finds the same ones; among equals the finest."""
@@ -150,24 +158,68 @@ class Communities:
             (guide for agreement, guide in found if agreement >= best - 0.02), key=lambda guide: guide.n_clusters
         )
 
-    def _merged(self, guide: Guide, n_clusters: int) -> Guide:
-        labels = guide.labels.copy()
-        while True:
-            n = labels.max() + 1
-            if n <= n_clusters:
-                return Guide(labels, n)
-            ends = np.asarray(self.graph.get_edgelist())
-            inside = (labels[ends] >= 0).all(1)
-            a, b = labels[ends[inside]].T
-            links = np.zeros((n, n))
-            np.add.at(links, (a, b), np.asarray(self.weights)[inside])
-            links += links.T
+    def merged(self, guide: Guide, n_clusters: int) -> Guide:
+        """Merge the two clusters with most links, against what chance would link, until so many are left."""
+        n = guide.n_clusters
+        if n <= n_clusters:
+            return guide
+        ends = guide.labels[np.asarray(self.graph.get_edgelist())]
+        inside = (ends >= 0).all(1)
+        links = np.zeros((n, n))
+        np.add.at(links, tuple(ends[inside].T), np.asarray(self.weights)[inside])
+        links += links.T
+        group = np.arange(n)
+        while len(links) > n_clusters:
             degree = links.sum(1) + 1e-9
-            share = links / np.outer(degree, degree)  # against what chance would link
-            np.fill_diagonal(share, -1)
-            i, j = np.unravel_index(share.argmax(), share.shape)
-            labels[labels == max(i, j)] = min(i, j)
-            labels = by_size(labels).labels
+            against_chance = links / np.outer(degree, degree)
+            np.fill_diagonal(against_chance, -1)
+            i, j = sorted(np.unravel_index(against_chance.argmax(), links.shape))
+            links[i] += links[j]
+            links[:, i] += links[:, j]
+            links = np.delete(np.delete(links, j, 0), j, 1)
+            group = np.where(group == j, i, np.where(group > j, group - 1, group))
+        return by_size(np.where(guide.labels >= 0, group[guide.labels], -1))
+
+
+def best_partition(views: list[np.ndarray], graphs: list[sparse.csr_matrix], n_clusters: int, seed: int) -> Guide:
+    """Of several partitions into ``n_clusters`` the one whose clusters stand apart most.
+
+    Leiden at one number of clusters now and then splits a large cluster and leaves two small ones together. So finer
+    partitions are merged to that number as well, on each of the graphs, and the mean silhouette over the views decides.
+
+    Parameters
+    ----------
+    views
+        Coordinates of the same cells, (n, d) each.
+    graphs
+        Neighbour graphs of these cells.
+    n_clusters
+        Number of clusters.
+    seed
+        Of Leiden's random order, and of the cells that the silhouette is taken of.
+
+    Returns
+    -------
+    The best; with fewer clusters if the cells do not fall into that many.
+
+    References
+    ----------
+    Rousseeuw 1987, Silhouettes.
+    """
+    some = np.random.default_rng(seed).permutation(views[0].shape[0])[:SILHOUETTE_CELLS]
+    found: list[tuple[int, float, Guide]] = []
+    for graph in graphs:
+        communities = Communities(graph, seed)
+        for n in (n_clusters, n_clusters + 3, 2 * n_clusters):
+            guide = communities.merged(communities.with_clusters(n), n_clusters)
+            own = guide.labels[some]
+            known = own >= 0
+            apart = -1.0
+            if 1 < len(np.unique(own[known])) < known.sum():
+                apart = float(np.mean([silhouette_score(z[some][known], own[known]) for z in views]))
+            logger.info("%d clusters merged to %d: silhouette %.4f", n, guide.n_clusters, apart)
+            found.append((guide.n_clusters, apart, guide))
+    return max(found, key=lambda f: f[:2])[2]
 
 
 def by_size(labels: np.ndarray) -> Guide:

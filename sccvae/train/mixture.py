@@ -17,7 +17,16 @@ from sccvae.data import CellStore, ChunkLoader
 from sccvae.module import Batch
 from sccvae.module.gmvae import GMVAE
 from sccvae.train.fit import TrainingResult, fit
-from sccvae.train.guide import MAX_CELLS, Communities, Guide, core, neighbor_graph, principal_components, spread
+from sccvae.train.guide import (
+    MAX_CELLS,
+    Communities,
+    Guide,
+    best_partition,
+    core,
+    neighbor_graph,
+    principal_components,
+    spread,
+)
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -199,11 +208,14 @@ def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, s
     """Labels for the cells with these coordinates: given, spread from the known ones, or found."""
     if given is not None:
         return Guide(given, int(given.max()) + 1)
-    graph = sum(neighbor_graph(z) for z in views[1:]) + neighbor_graph(views[0])
+    graphs = [neighbor_graph(z) for z in views]
+    graph = sum(graphs[1:], graphs[0])
     if (known >= 0).any():
         return _spread_guide(graph, known, module, choose, seed)
-    communities = Communities(graph, seed)
-    guide = communities.stable() if choose else communities.with_clusters(module.n_components)
+    if choose:
+        guide = Communities(graph, seed).stable()
+    else:
+        guide = best_partition(views, graphs[:1] if len(views) == 1 else [graphs[0], graph], module.n_components, seed)
     if guide.n_clusters < module.n_components and not choose:
         logger.warning(
             "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty.",
