@@ -86,7 +86,7 @@ def test_merging_joins_what_hangs_together():
     z[labels >= 2] += 100
     guide = Communities(neighbor_graph(z)).with_clusters(4)
     assert adjusted_rand_score(labels, guide.labels) > 0.9
-    merged = Communities(neighbor_graph(z))._merged(guide, 2)
+    merged = Communities(neighbor_graph(z)).merged(guide, 2)
     assert merged.n_clusters == 2
     assert adjusted_rand_score(labels >= 2, merged.labels) == 1
 
