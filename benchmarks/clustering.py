@@ -25,7 +25,7 @@ from sccvae.model import GMVAE
 
 IMAGES = ("mnist", "fashion_mnist")
 #: One setting for both image sets, all numbers of components and labels, and all seeds.
-IMAGE_MODEL = {"likelihood": "bernoulli", "n_hidden": 512, "n_layers": 2}
+IMAGE_MODEL = {"likelihood": "bernoulli", "n_hidden": 512, "n_layers": 2, "masking": 0.3}
 IMAGE_TRAINING = {"batch_size": 256, "train_size": 0.95}
 
 

@@ -66,7 +66,7 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         w_prior: Literal["fixed", "learned"] = "fixed",
         classifier: Literal["zx", "z"] = "zx",
         consistency: float = 1.0,
-        masking: float = 0.3,
+        masking: float = 0.0,
         likelihood: str | dict | Likelihood = "nb",
         n_latent: int = 10,
         n_w: int = 10,

@@ -87,7 +87,7 @@ class GMVAE(EvidenceModule):
         w_prior: Literal["fixed", "learned"] = "fixed",
         classifier: Literal["zx", "z"] = "zx",
         consistency: float = 1.0,
-        masking: float = 0.3,
+        masking: float = 0.0,
         likelihood: str | Likelihood = "nb",
         n_latent: int = 10,
         n_w: int = 10,
