@@ -223,9 +223,7 @@ def test_an_unseen_category(adata, key):
     works(model)
 
 
-@pytest.mark.parametrize(
-    "setup", [{"batch_key": "k"}, {"categorical_covariate_keys": ["k"]}, {"labels_key": "k", "batch_key": "batch"}]
-)
+@pytest.mark.parametrize("setup", [{"batch_key": "k"}, {"categorical_covariate_keys": ["k"]}])
 @pytest.mark.parametrize("categorical", [True, False])
 def test_nan_in_a_category(adata, setup, categorical):
     values = np.array(["x", "y"] * 24, dtype=object)
@@ -236,6 +234,14 @@ def test_nan_in_a_category(adata, setup, categorical):
     assert not any(c.startswith("_scvi") for c in adata.obs)  # nothing was written before the check
     adata.obs["k"] = adata.obs["k"].astype(object).fillna("unknown")  # what the message says
     works(make(adata, setup=setup))
+
+
+@pytest.mark.parametrize("categorical", [True, False])
+def test_nan_in_the_labels_is_no_label(adata, categorical):
+    values = np.array(["x", "y"] * 24, dtype=object)
+    values[[1, 7, 8]] = np.nan
+    adata.obs["k"] = pd.Categorical(values) if categorical else values
+    works(make(adata, setup={"labels_key": "k", "batch_key": "batch"}))
 
 
 def test_nan_in_a_category_of_new_data(adata):

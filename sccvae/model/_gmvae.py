@@ -133,8 +133,8 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         Parameters
         ----------
         max_epochs
-            Epochs of the warm-up; None for about 6,000 optimiser steps. The guided phase takes a third, the free one a
-            quarter of it.
+            Epochs of the warm-up; None for about 6,000 optimiser steps. The guided phase takes a third of it, at most
+            15, the free one a quarter, at most 10.
         guide
             Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
             none). Unlike ``labels_key``, they only start the clusters.

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 #: Epochs of the guided and the free phase as shares of those of the warm-up.
 GUIDED, FREE = 1 / 3, 1 / 4
+#: Learning rate of the free phase as a share of that of the others: it settles what the guide began.
+FREE_LR = 0.1
+#: Most epochs of either: with more passes over few cells the classifier learns the errors of its guide by heart.
+GUIDED_EPOCHS, FREE_EPOCHS = 15, 10
 #: Cells that the monitor looks at after each epoch.
 MONITORED = 2_000
 #: A component counts as in use from this share of the cells on; a guided one is lost below this share of its guide.
@@ -65,6 +69,7 @@ def fit_mixture(
     choose_components: bool = False,
     max_epochs: int | None = None,
     batch_size: int = 128,
+    lr: float = 1e-3,
     checkpoint_dir: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
@@ -93,8 +98,8 @@ def fit_mixture(
         Let the guide choose the number of components.
     max_epochs
         Epochs of the warm-up; None for about 6,000 optimiser steps. The later phases are shares of it.
-    batch_size, checkpoint_dir, callbacks, seed, **options
-        As for :func:`sccvae.train.fit`; each phase has a folder of its own in ``checkpoint_dir``.
+    batch_size, lr, checkpoint_dir, callbacks, seed, **options
+        As for :func:`sccvae.train.fit`; the free phase has a tenth of ``lr``, each phase a folder of its own.
 
     Returns
     -------
@@ -123,7 +128,7 @@ def fit_mixture(
             callbacks=[*callbacks, *([] if module.stage == "warmup" else [monitor])],
             seed=seed + len(frames),
             description=name,
-            **options | more,
+            **options | {"lr": lr} | more,
         )
         frame = pd.concat([*result.history.values()], axis=1) if result.history else pd.DataFrame()
         watched = pd.DataFrame(monitor.rows, index=frame.index[len(frame) - len(monitor.rows) :])
@@ -161,12 +166,14 @@ def fit_mixture(
         if choose_components:
             module.set_components(max(found.n_clusters, int(known.max()) + 1))
         module.place(*_moments(z, labels[rows], module.n_components))
-    last = phase("guided", GUIDED * warm, labels, kl_warmup=0.0, early_stopping=False, restore_best=False)
+    last = phase(
+        "guided", min(GUIDED * warm, GUIDED_EPOCHS), labels, kl_warmup=0.0, early_stopping=False, restore_best=False
+    )
     if last.interrupted:
         return result(last, labels[train_rows])
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    free = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
-    last = phase("free", FREE * warm, known if (known >= 0).any() else None, **free)
+    free = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False, "lr": FREE_LR * lr}
+    last = phase("free", min(FREE * warm, FREE_EPOCHS), known if (known >= 0).any() else None, **free)
     lost = _lost(module, store, rows, labels[rows])
     if lost and not last.interrupted:
         logger.warning(
@@ -175,7 +182,7 @@ def fit_mixture(
             lost,
         )
         module.load_state_dict(before)
-        last = phase("free-guided", FREE * warm, labels, **free)
+        last = phase("free-guided", min(FREE * warm, FREE_EPOCHS), labels, **free)
     return result(last, labels[train_rows])
 
 
