@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 from sklearn.datasets import load_iris
@@ -62,7 +63,6 @@ def test_knn_accuracy_of_label_unseen_in_training_is_zero():
 
 
 def test_labels_may_be_a_categorical_series(iris):
-    pd = pytest.importorskip("pandas")
     labels = pd.Series(iris[1], index=[f"cell{i}" for i in range(len(iris[1]))], dtype="category")
     assert metrics.knn_accuracy(iris[0], labels) == metrics.knn_accuracy(iris[0], iris[1])
 
@@ -85,7 +85,6 @@ def test_knn_accuracy_errors(iris):
 
 @pytest.mark.parametrize("missing", [None, np.nan, "NA"])
 def test_missing_labels_are_named(iris, missing):
-    pd = pytest.importorskip("pandas")
     labels = iris[1].astype(object)
     labels[[3, 5]] = pd.NA if missing == "NA" else missing
     with pytest.raises(ValueError, match="labels has 2 missing entries"):

@@ -78,7 +78,10 @@ class Likelihood(nn.Module, ABC):
         """
 
     def initialise(self, mean: Tensor) -> None:
-        """Start the heads at the data: ``mean`` is each feature's mean (for counts: mean proportion), (G,)."""
+        """Start the heads at the data: ``mean`` is each feature's mean (for counts: mean proportion), (G,).
+
+        A family without heads to start this way leaves this as it is: nothing happens.
+        """
 
     def observe(self, x: Tensor) -> Tensor:
         """What stands for the observation in the ELBO, (n, G): the data themselves unless a family resamples them."""

@@ -87,6 +87,7 @@ def fit_deep_clustering(
     frames: list[pd.DataFrame] = []
 
     def phase(name: str, epochs: int, own: Sequence[Callback] = (), **more: Any) -> TrainingResult:
+        """One call of ``fit``; gives the history of all phases so far."""
         found = fit(
             module,
             store,

@@ -115,6 +115,7 @@ def fit_mixture(
     frames: list[pd.DataFrame] = []
 
     def phase(name: str, epochs: float, labels: np.ndarray | None, **more: Any) -> TrainingResult:
+        """One call of ``fit``, with these labels; its history joins ``frames``."""
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / name
         monitor = MixtureMonitor(ChunkLoader(store, _some(train_rows, MONITORED, seed), MONITORED))
         result = fit(
@@ -136,6 +137,7 @@ def fit_mixture(
         return result
 
     def result(last: TrainingResult, labels: np.ndarray | None = None) -> MixtureResult:
+        """The history of all phases so far, with the guide of the training cells."""
         table = pd.concat(frames, ignore_index=True)
         table.index.name = "epoch"
         history = {name: table[[name]] for name in table}
