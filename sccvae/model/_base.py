@@ -197,11 +197,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         self.train_indices, self.validation_indices, self.test_indices = split_indices(
             len(store), train_size, validation_size, seed
         )
-        result = fit(
-            self.module,
+        result = self._fit(
             store,
-            self.train_indices,
-            self.validation_indices,
             max_epochs=max_epochs,
             batch_size=batch_size,
             lr=lr,
@@ -219,6 +216,10 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             **trainer_options,
         )
         self._finish_training(result)
+
+    def _fit(self, store: CellStore, **options: Any) -> TrainingResult:
+        """Train the module on ``train_indices``: where a model that trains in phases comes in."""
+        return fit(self.module, store, self.train_indices, self.validation_indices, **options)
 
     def _training_store(self) -> CellStore:
         if self.adata is None:

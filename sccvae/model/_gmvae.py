@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from lightning import Callback
 
 from sccvae import module
-from sccvae.data import CellStore, split_indices
+from sccvae.data import CellStore
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
@@ -22,7 +20,7 @@ from sccvae.model._correction import CorrectionMixin
 from sccvae.model._latent import VariationalMixin
 from sccvae.model._sampling import SamplingMixin
 from sccvae.module import Batch
-from sccvae.train import fit_mixture
+from sccvae.train import TrainingResult, fit_mixture
 
 logger = logging.getLogger(__name__)
 
@@ -106,28 +104,7 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         """Names of the classes of ``labels_key``, in the order of the components; empty without labels."""
         return [str(c) for c in self.schema.classes]
 
-    def train(
-        self,
-        max_epochs: int | None = None,
-        *,
-        guide: str | Sequence | None = None,
-        batch_size: int = 128,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        kl_weight: float = 1.0,
-        kl_warmup: float = 0.2,
-        train_size: float = 0.9,
-        validation_size: float | None = None,
-        early_stopping: bool = True,
-        patience: int | None = None,
-        accelerator: str = "auto",
-        devices: int | list[int] = 1,
-        checkpoint_dir: str | Path | None = None,
-        seed: int = 0,
-        progress_bar: bool = True,
-        callbacks: Sequence[Callback] = (),
-        **trainer_options: Any,
-    ) -> None:
+    def train(self, max_epochs: int | None = None, *, guide: str | Sequence | None = None, **options: Any) -> None:
         """Warm up as a VAE, place the components at graph clusters, train guided by them, then free.
 
         Parameters
@@ -138,12 +115,9 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         guide
             Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
             none). Unlike ``labels_key``, they only start the clusters.
-        batch_size, lr, weight_decay, kl_weight, kl_warmup, train_size, validation_size, accelerator, devices
-            As for :meth:`BaseModel.train`.
-        early_stopping, patience
-            As for :meth:`BaseModel.train`; of the warm-up.
-        checkpoint_dir, seed, progress_bar, callbacks, **trainer_options
-            As for :meth:`BaseModel.train`.
+        **options
+            As for :meth:`BaseModel.train`. ``early_stopping``, ``patience`` and ``kl_warmup`` are of the warm-up; the
+            free phase has a tenth of ``lr``.
 
         Raises
         ------
@@ -152,47 +126,24 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         FloatingPointError
             If the loss stops being finite.
         """
-        cells = self._training_store()
-        store = CellStore(cells.cells, self._known_labels())
-        first = self._guide_labels(guide)
-        self.train_indices, self.validation_indices, self.test_indices = split_indices(
-            len(store), train_size, validation_size, seed
-        )
-        choose = self._choose_components
-        if first is not None and not choose and first.max() >= self.module.n_components:
-            msg = (
-                f"guide has {first.max() + 1} clusters, n_components={self.module.n_components}; make it at least that."
-            )
-            raise ValueError(msg)
+        super().train(max_epochs, guide=None if self.adata is None else self._guide_labels(guide), **options)
+        some = np.random.default_rng(options.get("seed", 0)).permutation(self.train_indices)[:SHARES_OF]
+        self.reference["component_shares"] = self.predict_proba(indices=some).mean(0, dtype=np.float64).tolist()
+
+    def _fit(self, store: CellStore, *, guide: np.ndarray | None, **options: Any) -> TrainingResult:
+        store = CellStore(store.cells, self._known_labels())
         try:
-            result = fit_mixture(
+            return fit_mixture(
                 self.module,
                 store,
                 self.train_indices,
                 self.validation_indices,
-                guide=first,
-                choose_components=choose,
-                max_epochs=max_epochs,
-                batch_size=batch_size,
-                lr=lr,
-                weight_decay=weight_decay,
-                kl_weight=kl_weight,
-                kl_warmup=kl_warmup,
-                early_stopping=early_stopping,
-                patience=patience,
-                accelerator=accelerator,
-                devices=devices,
-                checkpoint_dir=checkpoint_dir,
-                seed=seed,
-                progress_bar=progress_bar,
-                callbacks=callbacks,
-                **trainer_options,
-            )
+                guide=guide,
+                choose_components=self._choose_components,
+                **options,
+            ).training
         finally:  # also when the training fails: weights and settings must belong together
             self.settings["n_components"] = self.module.n_components
-        self._finish_training(result.training)
-        some = np.random.default_rng(seed).permutation(self.train_indices)[:SHARES_OF]
-        self.reference["component_shares"] = self.predict_proba(indices=some).mean(0, dtype=np.float64).tolist()
 
     def _known_labels(self) -> np.ndarray | None:
         key = self.schema.labels_key
@@ -216,6 +167,11 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         codes = names.get_indexer(values.where(values.isna(), values.astype(str)))
         if (codes < 0).all():
             msg = "guide has no value at all (all NaN); leave it None for a graph clustering."
+            raise ValueError(msg)
+        if not self._choose_components and codes.max() >= self.module.n_components:
+            msg = (
+                f"guide has {codes.max() + 1} clusters, n_components={self.module.n_components}; make it at least that."
+            )
             raise ValueError(msg)
         return codes.astype(np.int64)
 
