@@ -13,11 +13,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from sklearn.cluster import KMeans
 
-from sccvae.data import CellStore, ChunkLoader
+from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
 from sccvae.train.fit import TrainingResult, fit
 from sccvae.train.guide import MAX_CELLS, Communities, Guide, neighbor_graph
+from sccvae.train.passes import over_cells, some_rows
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,8 @@ def fit_deep_clustering(
         module.stage = "clustering"
     if result.interrupted:
         return result
-    rows = train_rows
-    if len(rows) > MAX_CELLS:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_CELLS, replace=False))
-    z = _over(store, rows, module, lambda batch: module.inference(batch)["z"]).cpu().numpy()
+    rows = some_rows(train_rows, MAX_CELLS, seed)
+    z = over_cells(module, store, rows, lambda batch: module.inference(batch)["z"])
     if choose_components:
         found = Communities(neighbor_graph(z), seed).stable()
         with torch.random.fork_rng(devices=[]):
@@ -154,7 +153,7 @@ class TargetDistribution(Callback):
 
     def __init__(self, store: CellStore, rows: np.ndarray, tolerance: float = TOLERANCE) -> None:
         self.store, self.rows, self.tolerance = store, rows, tolerance
-        self.labels: torch.Tensor | None = None
+        self.labels: np.ndarray | None = None
         self.changed: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,7 +164,7 @@ class TargetDistribution(Callback):
         """Look at the cells, and compare."""
         before = self.labels
         self._update(pl_module.module)
-        self.changed.append(float((self.labels != before).double().mean()))
+        self.changed.append(float((self.labels != before).mean()))
         trainer.should_stop |= self.changed[-1] < self.tolerance
 
     def _update(self, module: IDEC) -> None:
@@ -177,7 +176,7 @@ class TargetDistribution(Callback):
             return q.argmax(1)
 
         training = module.training
-        self.labels = _over(self.store, self.rows, module, look)
+        self.labels = over_cells(module, self.store, self.rows, look)
         module.frequencies.copy_(total)
         module.train(training)
 
@@ -187,16 +186,3 @@ def _k_means(z: np.ndarray, n_clusters: int, seed: int) -> Guide:
     labels = KMeans(n_clusters, n_init=STARTS, random_state=seed).fit_predict(z)
     order = np.argsort(-np.bincount(labels, minlength=n_clusters), kind="stable")
     return Guide(np.argsort(order)[labels], n_clusters)
-
-
-@torch.no_grad()
-def _over(store: CellStore, rows: np.ndarray, module: IDEC, look: Any) -> torch.Tensor:
-    """``look(batch)`` over mini-batches of the rows, in order, with the module in evaluation mode."""
-    module.eval()
-    return torch.cat(
-        [
-            look(Batch(**{name: t.to(module.device) for name, t in tensors.items()}))
-            for chunk in ChunkLoader(store, rows, 1024)
-            for tensors in chunk
-        ]
-    )

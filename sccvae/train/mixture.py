@@ -13,8 +13,7 @@ import pandas as pd
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from sccvae.data import CellStore, ChunkLoader
-from sccvae.module import Batch
+from sccvae.data import CellStore
 from sccvae.module.gmvae import GMVAE
 from sccvae.train.fit import TrainingResult, fit
 from sccvae.train.guide import (
@@ -27,6 +26,7 @@ from sccvae.train.guide import (
     principal_components,
     spread,
 )
+from sccvae.train.passes import over_cells, some_rows
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def fit_mixture(
     def phase(name: str, epochs: float, labels: np.ndarray | None, **more: Any) -> TrainingResult:
         """One call of ``fit``, with these labels; its history joins ``frames``."""
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / name
-        monitor = MixtureMonitor(ChunkLoader(store, _some(train_rows, MONITORED, seed), MONITORED))
+        monitor = MixtureMonitor(store, some_rows(train_rows, MONITORED, seed))
         result = fit(
             module,
             CellStore(store.cells, labels),
@@ -150,8 +150,8 @@ def fit_mixture(
         module.stage = "mixture"
     if last.interrupted:
         return result(last)
-    rows = _some(train_rows, MAX_CELLS, seed)
-    z = latent(module, store, rows)
+    rows = some_rows(train_rows, MAX_CELLS, seed)
+    z = over_cells(module, store, rows, lambda b: module.inference(b)["z"].loc)
     if module.learned_w:  # z holds the conditions there; clusters are looked for across them
         z = _without_conditions(z, module, store, rows)
     views = [z]
@@ -188,29 +188,11 @@ def fit_mixture(
     return result(last, labels[train_rows])
 
 
-def latent(module: GMVAE, store: CellStore, rows: np.ndarray) -> np.ndarray:
-    """Means of q(z|x), (n, d) float32, of some rows of a store."""
-    module.eval()
-    with torch.inference_mode():
-        return np.concatenate([module.inference(b)["z"].loc.cpu().numpy() for b in _batches(module, store, rows)])
-
-
-def _batches(module: GMVAE, store: CellStore, rows: np.ndarray):
-    for chunk in ChunkLoader(store, rows, 1024):
-        for tensors in chunk:
-            yield Batch(**{name: t.to(module.device) for name, t in tensors.items() if name != "labels"})
-
-
 def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np.ndarray) -> np.ndarray:
     """What a linear regression of z on the conditions leaves, (n, d), about the mean of z."""
-    c = torch.cat([module.c(b) for b in _batches(module, store, rows)]).cpu().numpy()
+    c = over_cells(module, store, rows, module.c)
     c = c - c.mean(0)
     return (z - c @ np.linalg.lstsq(c, z, rcond=None)[0]).astype(np.float32)
-
-
-def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """At most so many of the rows, drawn at random, in order."""
-    return rows if len(rows) <= most else np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
 def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, seed: int) -> Guide:
@@ -263,8 +245,7 @@ def _moments(z: np.ndarray, labels: np.ndarray, n: int) -> tuple[torch.Tensor, t
 
 def _lost(module: GMVAE, store: CellStore, rows: np.ndarray, labels: np.ndarray) -> list[int]:
     """Components that hold fewer than a fifth of the cells that the guide gave them."""
-    with torch.inference_mode():
-        found = np.concatenate([module.classify(b).argmax(1).cpu().numpy() for b in _batches(module, store, rows)])
+    found = over_cells(module, store, rows, lambda b: module.classify(b).argmax(1))
     sizes = np.bincount(labels[labels >= 0], minlength=module.n_components)
     return [int(k) for k in range(module.n_components) if sizes[k] and (found == k).sum() < LOST * sizes[k]]
 
@@ -274,8 +255,10 @@ class MixtureMonitor(Callback):
 
     Parameters
     ----------
-    loader
+    store
         The cells.
+    watched
+        Which of them, (n,) int64.
 
     Attributes
     ----------
@@ -285,20 +268,15 @@ class MixtureMonitor(Callback):
         cells.
     """
 
-    def __init__(self, loader: ChunkLoader) -> None:
-        self.loader = loader
+    def __init__(self, store: CellStore, watched: np.ndarray) -> None:
+        self.store, self.watched = store, watched
         self.rows: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the cells."""
         module = pl_module.module
-        module.eval()
-        with torch.no_grad():
-            batches = [
-                Batch(**{k: t.to(module.device) for k, t in b.items() if k != "labels"}) for c in self.loader for b in c
-            ]
-            q = torch.cat([module.classify(b) for b in batches])
-            z = torch.cat([module.inference(b)["z"].loc for b in batches])
+        q = torch.from_numpy(over_cells(module, self.store, self.watched, module.classify))
+        z = torch.from_numpy(over_cells(module, self.store, self.watched, lambda b: module.inference(b)["z"].loc))
         module.train()
         share = torch.bincount(q.argmax(1), minlength=q.shape[1]) / len(q)
         row = {
