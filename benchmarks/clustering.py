@@ -26,7 +26,7 @@ from sccvae.model import GMVAE
 IMAGES = ("mnist", "fashion_mnist")
 #: One setting for both image sets, all numbers of components and labels, and all seeds.
 IMAGE_MODEL = {"likelihood": "bernoulli", "n_hidden": 512, "n_layers": 2, "masking": 0.3}
-IMAGE_TRAINING = {"batch_size": 256, "train_size": 0.95}
+IMAGE_TRAINING = {"batch_size": 256, "train_size": 0.95, "max_epochs": 20}
 
 
 def image_sets(name: str, validation: bool) -> tuple[AnnData, AnnData]:

@@ -128,15 +128,15 @@ def test_occupancy_stacks_shares_and_names_phases():
     assert low.get_datalim(ax.transData).x0 == pytest.approx(3.5)
     assert high.get_datalim(ax.transData).y1 == pytest.approx(1)
     assert low.get_datalim(ax.transData).y1 == pytest.approx(0.9)
-    assert [t.get_text() for t in ax.texts] == ["warm-up", "guided", "free"]
+    assert [t.get_text() for t in ax.texts] == ["warm-up", "guide", "guided"]
     assert [line.get_xdata()[0] for line in ax.lines] == [3.5, 5.5]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["0", "1"]
 
 
 def test_occupancy_names_the_phase_that_was_run_again_and_the_components():
-    named = SimpleNamespace(history=shares(phase=(0, 0, 0, 1, 1, 2, 2, 3, 3)), component_names=["T $", "B"])
+    named = SimpleNamespace(history=shares(phase=(0, 0, 0, 1, 2, 2, 3, 3, 4)), component_names=["T $", "B"])
     ax = pl.occupancy(named)
-    assert [t.get_text() for t in ax.texts] == ["warm-up", "guided", "free", "free with guide"]
+    assert [t.get_text() for t in ax.texts] == ["warm-up", "guide", "guided", "free", "free with guide"]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [r"T \$", "B"]
 
 

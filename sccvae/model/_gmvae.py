@@ -110,8 +110,8 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         Parameters
         ----------
         max_epochs
-            Epochs of the warm-up; None for about 6,000 optimiser steps. The guided phase takes a third of it, at most
-            15, the free one a quarter, at most 10.
+            Epochs of the warm-up; None for about 6,000 optimiser steps. Each of the two rounds of the guide takes a
+            fifth of it, at most 6, the guided phase a third, at most 15, the free one a quarter, at most 10.
         guide
             Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
             none). Unlike ``labels_key``, they only start the clusters.

@@ -64,7 +64,8 @@ class GMVAE(EvidenceModule):
     Attributes
     ----------
     stage
-        ``"mixture"``, or ``"warmup"``: a VAE with p(z) = N(0, I), whose other terms are zero.
+        ``"mixture"``; ``"warmup"``: a VAE with p(z) = N(0, I), whose other terms are zero; ``"classifier"``: q(y|.)
+        learns the labels of the batch, and ``kl_y`` = -log q(y|.) is the only term that is not zero.
 
     Raises
     ------
@@ -123,7 +124,7 @@ class GMVAE(EvidenceModule):
         self.dirichlet, self.alpha = prior == "dirichlet", alpha
         self.classifier_sees_x, self.consistency = classifier == "zx", consistency
         self.n_latent, self.n_w = n_latent, n_w
-        self.stage: Literal["warmup", "mixture"] = "mixture"
+        self.stage: Literal["warmup", "classifier", "mixture"] = "mixture"
         self.factors = self._factors(bool(n_cond))
 
         mlp = {"activation": activation, "norm": norm, "dropout": dropout, "skip": skip}
@@ -184,10 +185,22 @@ class GMVAE(EvidenceModule):
         h = torch.cat([self.y_body(x, c), z], -1) if self.classifier_sees_x else self.y_body(z, c)
         return self.y_head(h).log_softmax(-1)
 
-    def classify(self, batch: Batch) -> Tensor:
-        """Probability of each component at the mean of q(z|x,c), (n, K)."""
+    def classify(self, batch: Batch, *, log: bool = False) -> Tensor:
+        """Probability of each component at the mean of q(z|x,c), (n, K), or its logarithm."""
         z = self.inference(batch)["z"].loc
-        return self.log_q_y(self.likelihood.encoder_input(batch.x), z, self.c(batch)).exp()
+        log_q = self.log_q_y(self.likelihood.encoder_input(batch.x), z, self.c(batch))
+        return log_q if log else log_q.exp()
+
+    def class_features(self, batch: Batch) -> Tensor:
+        """What q(y|.) decides by: the last hidden layer of its network, (n, n_hidden)."""
+        x = self.likelihood.encoder_input(batch.x) if self.classifier_sees_x else self.inference(batch)["z"].loc
+        return self.y_body(x, self.c(batch))
+
+    def reset_classifier(self) -> None:
+        """Start q(y|.) anew."""
+        for layer in [*self.y_body.modules(), self.y_head]:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
 
     def q_d(self, q_y: Tensor) -> Tensor:
         """Concentration of q(d|z,x), (n, K): alpha + q(y), the Dirichlet with the largest ELBO (y unseen)."""
@@ -216,6 +229,11 @@ class GMVAE(EvidenceModule):
         Where y is seen, ``kl_z`` is that of its component, and ``kl_y`` is -log q(y|.) - E[log d_y].
         """
         batch = replace(batch, x=self.likelihood.observe(batch.x))
+        if self.stage == "classifier":
+            log_q = self.classify(batch, log=True)
+            seen, y = self._seen(batch, log_q)
+            zero = log_q.new_zeros(len(log_q))
+            return dict.fromkeys(self.factors.terms, zero) | {"kl_y": -(seen * y * log_q).sum(-1)}
         q, p_w = self.inference(batch), self.prior_w(batch)
         z, w = q["z"].rsample(), q["w"].rsample()
         terms = {"reconstruction": -self.generative({"z": z}, batch).log_prob(batch.x)}
@@ -260,10 +278,12 @@ class GMVAE(EvidenceModule):
         return log_p.logsumexp(-1) - math.log(self.n_components)
 
     def penalties(self, batch: Batch) -> dict[str, Tensor]:
-        """``consistency``: the virtual adversarial penalty on q(y|z,x) (Miyato et al. 2018, equation 6)."""
+        """``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x (Miyato et al. 2018, eq. 6)."""
         if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
             return {}
         x, c = self.likelihood.encoder_input(batch.x), self.c(batch)
-        with torch.no_grad():
-            z = self.inference(batch)["z"].loc
-        return {"consistency": self.consistency * virtual_adversarial_penalty(lambda v: self.log_q_y(v, z, c), x)}
+
+        def log_q(v: Tensor) -> Tensor:
+            return self.log_q_y(v, self.encoder(v, c).loc, c)
+
+        return {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x)}

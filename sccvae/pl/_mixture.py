@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: Names of the values of ``history["phase"]``.
-PHASES = ("warm-up", "guided", "free", "free with guide")
+PHASES = ("warm-up", "guide", "guided", "free", "free with guide")
 _MAX_CELLS = 10_000
 _MAX_TEXT = 15  # rows and columns of a table whose numbers can be read in its cells
 _INK = "#222222"

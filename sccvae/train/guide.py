@@ -16,11 +16,13 @@ from sklearn.neighbors import NearestNeighbors
 logger = logging.getLogger(__name__)
 
 #: Cells that the graph holds at most; the others stay without a guide and are clustered by the model.
-MAX_CELLS = 30_000
+MAX_CELLS = 60_000
 #: Resolutions searched for a number of clusters, and trials of the search.
-RESOLUTIONS, TRIALS = (0.005, 10.0), 16
+RESOLUTIONS, TRIALS = (0.005, 10.0), 14
 #: Cells that a silhouette is taken of.
 SILHOUETTE_CELLS = 4_000
+#: A silhouette must be larger by this share to prefer a partition; clusters that finer partitions have more.
+SILHOUETTE_MARGIN, FINER = 0.1, 3
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -129,8 +131,14 @@ class Communities:
 
     def with_clusters(self, n_clusters: int) -> Guide:
         """Communities at a resolution that gives ``n_clusters`` of them; else the next more, the closest merged."""
-        low, high = np.log(RESOLUTIONS)
-        at, best = np.log(0.5), None
+        tried = {np.log(resolution): guide for (resolution, seed), guide in self._found.items() if seed is None}
+        more = {at: guide for at, guide in tried.items() if guide.n_clusters >= n_clusters}
+        high = min(more, default=np.log(RESOLUTIONS[1]))
+        low = max((at for at in tried if at < high), default=np.log(RESOLUTIONS[0]))
+        best = min(more.values(), key=lambda guide: guide.n_clusters, default=None)
+        if best is not None and best.n_clusters == n_clusters:
+            return best
+        at = (low + high) / 2 if tried else np.log(0.5)
         for _ in range(TRIALS):
             guide = self.at(float(np.exp(at)))
             if guide.n_clusters == n_clusters:
@@ -182,17 +190,18 @@ class Communities:
 
 
 def best_partition(views: list[np.ndarray], graphs: list[sparse.csr_matrix], n_clusters: int, seed: int) -> Guide:
-    """Of several partitions into ``n_clusters`` the one whose clusters stand apart most.
+    """Leiden's partition of the first graph into ``n_clusters``, unless another one stands apart clearly more.
 
-    Leiden at one number of clusters now and then splits a large cluster and leaves two small ones together. So finer
-    partitions are merged to that number as well, on each of the graphs, and the mean silhouette over the views decides.
+    Leiden at one number of clusters now and then splits a large cluster and leaves two small ones together. So the
+    other graphs, and slightly finer partitions merged to that number, are tried as well. The mean silhouette over the
+    views decides, but only by a margin: among good partitions it does not know the best.
 
     Parameters
     ----------
     views
         Coordinates of the same cells, (n, d) each.
     graphs
-        Neighbour graphs of these cells.
+        Neighbour graphs of these cells, the best one first.
     n_clusters
         Number of clusters.
     seed
@@ -207,19 +216,21 @@ def best_partition(views: list[np.ndarray], graphs: list[sparse.csr_matrix], n_c
     Rousseeuw 1987, Silhouettes.
     """
     some = np.random.default_rng(seed).permutation(views[0].shape[0])[:SILHOUETTE_CELLS]
+    communities = [Communities(graph, seed) for graph in graphs]
     found: list[tuple[int, float, Guide]] = []
-    for graph in graphs:
-        communities = Communities(graph, seed)
-        for n in (n_clusters, n_clusters + 3, 2 * n_clusters):
-            guide = communities.merged(communities.with_clusters(n), n_clusters)
+    for finer in (0, FINER):
+        for i, leiden in enumerate(communities):
+            guide = leiden.merged(leiden.with_clusters(n_clusters + finer), n_clusters)
             own = guide.labels[some]
             known = own >= 0
             apart = -1.0
             if 1 < len(np.unique(own[known])) < known.sum():
                 apart = float(np.mean([silhouette_score(z[some][known], own[known]) for z in views]))
-            logger.info("%d clusters merged to %d: silhouette %.4f", n, guide.n_clusters, apart)
+            logger.info("Graph %d, %d clusters, %d finer: silhouette %.4f", i, guide.n_clusters, finer, apart)
             found.append((guide.n_clusters, apart, guide))
-    return max(found, key=lambda f: f[:2])[2]
+    most = max(n for n, _, _ in found)
+    best = max(apart for n, apart, _ in found if n == most)
+    return next(g for n, apart, g in found if n == most and apart >= best - SILHOUETTE_MARGIN * abs(best))
 
 
 def by_size(labels: np.ndarray) -> Guide:

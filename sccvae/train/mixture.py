@@ -31,12 +31,18 @@ from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
 
-#: Epochs of the guided and the free phase as shares of those of the warm-up.
-GUIDED, FREE = 1 / 3, 1 / 4
+#: Names of the phases, by their number in the history.
+PHASES = ("warm-up", "guide", "guided", "free", "free-guided")
+#: Times that the guide is made again, from what a classifier makes of the one before.
+ROUNDS = 2
+#: Fewest optimiser steps of a round and of the guided phase: after fewer, the classifier is worth less than its guide.
+GUIDED_STEPS = 200
+#: Epochs of a round's classifier, of the guided and of the free phase as shares of those of the warm-up.
+ROUND, GUIDED, FREE = 1 / 5, 1 / 3, 1 / 4
 #: Learning rate of the free phase as a share of that of the others: it settles what the guide began.
 FREE_LR = 0.1
 #: Most epochs of either: with more passes over few cells the classifier learns the errors of its guide by heart.
-GUIDED_EPOCHS, FREE_EPOCHS = 15, 10
+ROUND_EPOCHS, GUIDED_EPOCHS, FREE_EPOCHS = 6, 15, 10
 #: Cells that the monitor looks at after each epoch.
 MONITORED = 2_000
 #: A component counts as in use from this share of the cells on; a guided one is lost below this share of its guide.
@@ -50,7 +56,7 @@ class MixtureResult:
     Attributes
     ----------
     training
-        History over all phases (``phase`` is 0, 1, 2 for warm-up, guided, free), whether interrupted, the trainer.
+        History over all phases (``phase`` counts :data:`PHASES`), whether interrupted, the trainer.
     guide
         The guide of the training cells, (n_train,) int64, -1 for none; None if none was made.
     """
@@ -78,9 +84,9 @@ def fit_mixture(
     """Train ``module`` in place through all phases.
 
     1. *Warm-up*: a VAE with p(z) = N(0, I), until its held-out ELBO no longer falls.
-    2. *Guide*: Leiden clusters of z, their number searched by the resolution; or labels spread from those in ``store``;
-       or the user's own. Components are placed at the clusters.
-    3. *Guided*: cells amid their cluster take its component, the others sum y out.
+    2. *Guide*: Leiden clusters of z, their number searched by the resolution; or labels spread from those in ``store``.
+       Twice, q(y|.) alone learns them and the guide is made again from its last hidden layer. Or the user's own.
+    3. *Guided*: components are placed at the clusters; cells of the guide take its component, the others sum y out.
     4. *Free*: only labels of ``store`` are seen. Should a component of the guide be lost, this phase is taken back and
        run again with the guide.
 
@@ -116,7 +122,7 @@ def fit_mixture(
 
     def phase(name: str, epochs: float, labels: np.ndarray | None, **more: Any) -> TrainingResult:
         """One call of ``fit``, with these labels; its history joins ``frames``."""
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / name
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / f"{len(frames)}-{name}"
         monitor = MixtureMonitor(store, some_rows(train_rows, MONITORED, seed))
         result = fit(
             module,
@@ -133,7 +139,7 @@ def fit_mixture(
         )
         frame = pd.concat([*result.history.values()], axis=1) if result.history else pd.DataFrame()
         watched = pd.DataFrame(monitor.rows, index=frame.index[len(frame) - len(monitor.rows) :])
-        frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(len(frames))))
+        frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(PHASES.index(name))))
         return result
 
     def result(last: TrainingResult, labels: np.ndarray | None = None) -> MixtureResult:
@@ -158,19 +164,35 @@ def fit_mixture(
     if not module.conditions.width and min(len(rows), store.n_features) > 3 and guide is None:
         # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
         counts = module.likelihood.support == "counts"
-        views.append(principal_components(store.cells.x[rows], store.cells.library[rows] if counts else None))
+        x, library = store.cells.x[rows], store.cells.library[rows] if counts else None
+        views.append(principal_components(x, library, 30 if counts else 50))
     found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
-    logger.info("Guide: %d clusters of sizes %s", found.n_clusters, np.bincount(found.labels[found.labels >= 0]))
-    labels = known.copy()
-    labels[rows] = np.where(known[rows] >= 0, known[rows], found.labels)
+    if choose_components:
+        module.set_components(max(found.n_clusters, int(known.max()) + 1))
+    least = GUIDED_STEPS * batch_size / len(train_rows)
+    guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
+    for _ in range(ROUNDS if guide is None else 0):
+        labels = _on_cells(found, rows, known)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module.reset_classifier()
+        module.stage = "classifier"
+        only_classifier(module, True)
+        try:
+            last = phase("guide", max(least, min(ROUND * warm, ROUND_EPOCHS)), labels, **guided)
+        finally:
+            module.stage = "mixture"
+            only_classifier(module, False)
+        if last.interrupted:
+            return result(last, labels[train_rows])
+        features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
+        found = _guide([features], known[rows], None, module, False, seed)
+    labels = _on_cells(found, rows, known)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if choose_components:
-            module.set_components(max(found.n_clusters, int(known.max()) + 1))
+        module.reset_classifier()
         module.place(*_moments(z, labels[rows], module.n_components))
-    last = phase(
-        "guided", min(GUIDED * warm, GUIDED_EPOCHS), labels, kl_warmup=0.0, early_stopping=False, restore_best=False
-    )
+    last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)
     if last.interrupted:
         return result(last, labels[train_rows])
     before = {k: v.clone() for k, v in module.state_dict().items()}
@@ -188,6 +210,20 @@ def fit_mixture(
     return result(last, labels[train_rows])
 
 
+def only_classifier(module: GMVAE, only: bool) -> None:
+    """Train the weights of q(y|.) alone, or all."""
+    for name, weight in module.named_parameters():
+        weight.requires_grad_(not only or name.startswith("y_"))
+
+
+def _on_cells(found: Guide, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The guide of the cells ``rows`` as labels of all cells, (n,); what is known stays."""
+    logger.info("Guide: %d clusters of sizes %s", found.n_clusters, np.bincount(found.labels[found.labels >= 0]))
+    labels = known.copy()
+    labels[rows] = np.where(known[rows] >= 0, known[rows], found.labels)
+    return labels
+
+
 def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np.ndarray) -> np.ndarray:
     """What a linear regression of z on the conditions leaves, (n, d), about the mean of z."""
     c = over_cells(module, store, rows, module.c)
@@ -201,19 +237,21 @@ def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, s
         return Guide(given, int(given.max()) + 1)
     graphs = [neighbor_graph(z) for z in views]
     graph = sum(graphs[1:], graphs[0])
+    if len(views) > 1:
+        graphs = [graph, *graphs]
     if (known >= 0).any():
         return _spread_guide(graph, known, module, choose, seed)
     if choose:
         guide = Communities(graph, seed).stable()
     else:
-        guide = best_partition(views, graphs[:1] if len(views) == 1 else [graphs[0], graph], module.n_components, seed)
+        guide = best_partition(views, graphs, module.n_components, seed)
     if guide.n_clusters < module.n_components and not choose:
         logger.warning(
             "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty.",
             guide.n_clusters,
             module.n_components,
         )
-    return Guide(core(graph, guide.labels, guide.n_clusters), guide.n_clusters)
+    return guide
 
 
 def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:
