@@ -311,3 +311,26 @@ def test_resumed_training_gives_the_same_weights(tmp_path, stage, epoch):
     for name, value in whole.module.state_dict().items():
         assert torch.equal(value, rest.module.state_dict()[name]), name
     assert len(rest.history["phase"]) == len(whole.history["phase"])
+
+
+def test_the_rounds_of_the_guide_train_the_classifier_alone():
+    from lightning import Callback
+
+    seen: dict[str, list[dict[str, torch.Tensor]]] = {"warmup": [], "classifier": [], "mixture": []}
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen[pl_module.module.stage].append({k: v.clone() for k, v in pl_module.module.named_parameters()})
+
+    model = make(make_cells(6), train=False, n_components=3)
+    model.train(max_epochs=2, callbacks=[Watch()], **FAST)
+    assert len(seen["warmup"]) == 2
+    last = seen["warmup"][-1]
+    for weights in seen["classifier"]:
+        moved = {name for name, value in weights.items() if not torch.equal(value, last[name])}
+        assert moved <= {name for name in last if name.startswith("y_")}
+        assert moved
+    assert all(p.requires_grad for p in model.module.parameters())
+    phase = model.history["phase"]["phase"]
+    assert (phase == 1).sum() == len(seen["classifier"]) > 2
+    assert set(phase) >= {0, 1, 2, 3}

@@ -471,3 +471,37 @@ def test_where_the_penalty_applies():
         values.append(m.penalties(batch)["consistency"].item())
     assert values[1] == pytest.approx(5 * values[0])
     assert values[0] > 0
+
+
+# The classifier by itself
+
+
+@pytest.mark.parametrize("classifier", ["zx", "z"])
+def test_the_classifier_stage_is_a_cross_entropy(classifier):
+    module, batch = a_gmvae(classifier=classifier).eval(), a_batch(labels=LABELS["some"])
+    module.stage = "classifier"
+    terms = module.elbo_terms(batch)
+    assert set(terms) == set(module.factors.terms)
+    known = batch.labels >= 0
+    wanted = torch.nn.functional.cross_entropy(module.classify(batch).log()[known], batch.labels[known], reduction="none")
+    torch.testing.assert_close(terms["kl_y"][known], wanted)
+    assert terms["kl_y"][~known].abs().max() == 0
+    assert all(terms[name].abs().max() == 0 for name in set(terms) - {"kl_y"})
+    torch.testing.assert_close(module.classify(batch, log=True).exp(), module.classify(batch))
+
+
+@pytest.mark.parametrize("classifier", ["zx", "z"])
+def test_the_head_decides_by_the_class_features(classifier):
+    module, batch = a_gmvae(classifier=classifier).eval(), a_batch()
+    features = module.class_features(batch)
+    assert features.shape == (N, 7)
+    h = torch.cat([features, module.inference(batch)["z"].loc], -1) if classifier == "zx" else features
+    torch.testing.assert_close(module.y_head(h).softmax(-1), module.classify(batch))
+
+
+def test_only_the_classifier_is_started_anew():
+    module = a_gmvae()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    module.reset_classifier()
+    changed = {k.split(".")[0] for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"y_body", "y_head"}

@@ -9,7 +9,7 @@ import pytest
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
-from sccvae.train.guide import Communities, by_size, core, neighbor_graph, spread
+from sccvae.train.guide import Communities, best_partition, by_size, core, neighbor_graph, spread
 
 SIZES = [60, 50, 40, 30, 20]
 
@@ -211,3 +211,27 @@ def test_core_leaves_no_cluster_without_a_label():
     labels[::7] = 2  # scattered: no neighbours agree
     found = core(neighbor_graph(z), labels, 3)
     assert (found[labels == 2] == 2).all()
+
+
+# The best of several partitions
+
+
+def test_the_first_graph_decides_unless_another_is_clearly_better(blobs):
+    z, labels = make_blobs()
+    noise = neighbor_graph(np.random.default_rng(1).normal(size=z.shape))
+    for graphs in ([blobs[0], noise], [noise, blobs[0]]):
+        guide = best_partition([z], graphs, len(SIZES), 0)
+        assert guide.n_clusters == len(SIZES)
+        assert adjusted_rand_score(labels, guide.labels) > 0.99
+    alike = neighbor_graph(z, 10)
+    wanted = Communities(blobs[0]).with_clusters(4).labels
+    np.testing.assert_array_equal(best_partition([z], [blobs[0], alike], 4, 0).labels, wanted)
+
+
+def test_resolutions_that_were_tried_are_remembered(blobs):
+    tried = Communities(blobs[0])
+    for n in (8, 5, 7, 5, 6):
+        assert tried.with_clusters(n).n_clusters == n
+    n_tried = len(tried._found)
+    tried.with_clusters(7)
+    assert len(tried._found) == n_tried

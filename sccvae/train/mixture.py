@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 PHASES = ("warm-up", "guide", "guided", "free", "free-guided")
 #: Times that the guide is made again, from what a classifier makes of the one before.
 ROUNDS = 2
-#: Fewest optimiser steps of a round and of the guided phase: after fewer, the classifier is worth less than its guide.
+#: Fewest optimiser steps of a round and of the guided phase, as far as the warm-up has so many epochs: after fewer, the
+#: classifier is worth less than its guide.
 GUIDED_STEPS = 200
 #: Epochs of a round's classifier, of the guided and of the free phase as shares of those of the warm-up.
 ROUND, GUIDED, FREE = 1 / 5, 1 / 3, 1 / 4
@@ -169,7 +170,7 @@ def fit_mixture(
     found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
     if choose_components:
         module.set_components(max(found.n_clusters, int(known.max()) + 1))
-    least = GUIDED_STEPS * batch_size / len(train_rows)
+    least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
     guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
     for _ in range(ROUNDS if guide is None else 0):
         labels = _on_cells(found, rows, known)
