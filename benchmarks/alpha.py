@@ -78,9 +78,8 @@ def main() -> None:
     table = pd.DataFrame(rows)
     draw(table, Path(__file__).with_name(PLOT))
     medians = table.drop(columns="seed").groupby("alpha").median().round(3).reset_index()
-    write_section(
-        "Concentration", __doc__.split("\n\n", 2)[2], medians, f"python -m benchmarks.alpha --seeds {args.seeds}", (PLOT,)
-    )
+    command = f"python -m benchmarks.alpha --seeds {args.seeds}"
+    write_section("Concentration", __doc__.split("\n\n", 2)[2], medians, command, (PLOT,))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,35 +170,34 @@ def fit_mixture(
         views.append(principal_components(x, library, 30 if counts else 50))
     found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
     if choose_components:
-        module.set_components(max(found.n_clusters, int(known.max()) + 1))
+        with _drawn_with(seed):
+            module.set_components(max(found.n_clusters, int(known.max()) + 1))
     least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
     guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
     for _ in range(ROUNDS if guide is None else 0):
         labels = _on_cells(found, rows, known)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _drawn_with(seed):
             module.reset_classifier()
         module.stage = "classifier"
-        only_classifier(module, True)
+        _train_classifier_alone(module, True)
         try:
             last = phase("guide", max(least, min(ROUND * warm, ROUND_EPOCHS)), labels, **guided)
         finally:
             module.stage = "mixture"
-            only_classifier(module, False)
+            _train_classifier_alone(module, False)
         if last.interrupted:
             return result(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
         found = _guide([features], known[rows], None, module, False, seed)
     labels = _on_cells(found, rows, known)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _drawn_with(seed):
         module.reset_classifier()
         module.place(*_moments(z, labels[rows], module.n_components))
     last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)
     if last.interrupted:
         return result(last, labels[train_rows])
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    free = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False, "lr": FREE_LR * lr}
+    free = guided | {"lr": FREE_LR * lr}
     last = phase("free", min(FREE * warm, FREE_EPOCHS), known if (known >= 0).any() else None, **free)
     lost = _lost(module, store, rows, labels[rows])
     if lost and not last.interrupted:
@@ -211,7 +211,15 @@ def fit_mixture(
     return result(last, labels[train_rows])
 
 
-def only_classifier(module: GMVAE, only: bool) -> None:
+@contextmanager
+def _drawn_with(seed: int):
+    """Draw weights with this seed; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _train_classifier_alone(module: GMVAE, only: bool) -> None:
     """Train the weights of q(y|.) alone, or all."""
     for name, weight in module.named_parameters():
         weight.requires_grad_(not only or name.startswith("y_"))
@@ -242,10 +250,7 @@ def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, s
         graphs = [graph, *graphs]
     if (known >= 0).any():
         return _spread_guide(graph, known, module, choose, seed)
-    if choose:
-        guide = Communities(graph, seed).stable()
-    else:
-        guide = best_partition(views, graphs, module.n_components, seed)
+    guide = Communities(graph, seed).stable() if choose else best_partition(views, graphs, module.n_components, seed)
     if guide.n_clusters < module.n_components and not choose:
         logger.warning(
             "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty.",
