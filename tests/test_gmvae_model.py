@@ -334,3 +334,8 @@ def test_the_rounds_of_the_guide_train_the_classifier_alone():
     phase = model.history["phase"]["phase"]
     assert (phase == 1).sum() == len(seen["classifier"]) > 2
     assert set(phase) >= {0, 1, 2, 3}
+
+
+def test_no_epoch_is_an_error():
+    with pytest.raises(ValueError, match="max_epochs=0 must be at least 1"):
+        make(make_cells(6), max_epochs=0, n_components=3)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from lightning import Callback, LightningModule, Trainer
 from sklearn.cluster import KMeans
@@ -16,9 +15,10 @@ from sklearn.cluster import KMeans
 from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
-from sccvae.train.fit import TrainingResult, fit
+from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import MAX_CELLS, Communities, Guide, neighbor_graph
 from sccvae.train.passes import over_cells, some_rows
+from sccvae.train.phases import Phases
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -85,31 +85,11 @@ def fit_deep_clustering(
         msg = f"n_components={module.n_components}, but there are only {len(train_rows)} training cells."
         raise ValueError(msg)
     epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
-    frames: list[pd.DataFrame] = []
-
-    def phase(name: str, epochs: int, own: Sequence[Callback] = (), **more: Any) -> TrainingResult:
-        """One call of ``fit``; gives the history of all phases so far."""
-        found = fit(
-            module,
-            store,
-            train_rows,
-            validation_rows,
-            max_epochs=epochs,
-            batch_size=batch_size,
-            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir) / name,
-            callbacks=[*callbacks, *own],
-            seed=seed + len(frames),
-            description=name,
-            **options | more,
-        )
-        frame = pd.concat([*found.history.values()], axis=1) if found.history else pd.DataFrame()
-        frames.append(frame.assign(phase=float(len(frames))))
-        table = pd.concat(frames, ignore_index=True).rename_axis(index="epoch")
-        return TrainingResult({column: table[[column]] for column in table}, found.interrupted, found.trainer)
-
+    options |= {"batch_size": batch_size, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
+    phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
     module.stage = "pretraining"
     try:
-        result = phase("pretraining", epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
+        result = phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
     finally:
         module.stage = "clustering"
     if result.interrupted:
@@ -128,7 +108,7 @@ def fit_deep_clustering(
     module.place(torch.from_numpy(centers))
     target = TargetDistribution(store, train_rows)
     free = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
-    return phase("clustering", max(1, round(CLUSTERING * epochs)), [target], **free)
+    return phases.run("clustering", 1, store, CLUSTERING * epochs, target, **free)
 
 
 class TargetDistribution(Callback):

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from lightning import Callback, LightningModule, Trainer
 
 from sccvae.data import CellStore
 from sccvae.module.gmvae import GMVAE
-from sccvae.train.fit import TrainingResult, fit
+from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import (
     MAX_CELLS,
     Communities,
@@ -28,6 +27,7 @@ from sccvae.train.guide import (
     spread,
 )
 from sccvae.train.passes import over_cells, some_rows
+from sccvae.train.phases import Phases
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -119,37 +119,15 @@ def fit_mixture(
         As for :func:`sccvae.train.fit`.
     """
     known = store.labels if store.labels is not None else np.full(len(store), -1)
-    warm = max_epochs or default_max_epochs(-(-len(train_rows) // batch_size))
-    frames: list[pd.DataFrame] = []
+    warm = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
+    options |= {"batch_size": batch_size, "lr": lr, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
+    phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
+    cells = store.cells
 
     def phase(name: str, epochs: float, labels: np.ndarray | None, **more: Any) -> TrainingResult:
-        """One call of ``fit``, with these labels; its history joins ``frames``."""
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / f"{len(frames)}-{name}"
         monitor = MixtureMonitor(store, some_rows(train_rows, MONITORED, seed))
-        result = fit(
-            module,
-            CellStore(store.cells, labels),
-            train_rows,
-            validation_rows,
-            max_epochs=max(1, round(epochs)),
-            batch_size=batch_size,
-            checkpoint_dir=folder,
-            callbacks=[*callbacks, *([] if module.stage == "warmup" else [monitor])],
-            seed=seed + len(frames),
-            description=name,
-            **options | {"lr": lr} | more,
-        )
-        frame = pd.concat([*result.history.values()], axis=1) if result.history else pd.DataFrame()
-        watched = pd.DataFrame(monitor.rows, index=frame.index[len(frame) - len(monitor.rows) :])
-        frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(PHASES.index(name))))
-        return result
-
-    def result(last: TrainingResult, labels: np.ndarray | None = None) -> MixtureResult:
-        """The history of all phases so far, with the guide of the training cells."""
-        table = pd.concat(frames, ignore_index=True)
-        table.index.name = "epoch"
-        history = {name: table[[name]] for name in table}
-        return MixtureResult(TrainingResult(history, last.interrupted, last.trainer), labels)
+        watch = None if module.stage == "warmup" else monitor
+        return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, watch, **more)
 
     module.stage = "warmup"
     try:
@@ -157,7 +135,7 @@ def fit_mixture(
     finally:
         module.stage = "mixture"
     if last.interrupted:
-        return result(last)
+        return MixtureResult(last, None)
     rows = some_rows(train_rows, MAX_CELLS, seed)
     z = over_cells(module, store, rows, lambda b: module.inference(b)["z"].loc)
     if module.learned_w:  # z holds the conditions there; clusters are looked for across them
@@ -186,7 +164,7 @@ def fit_mixture(
             module.stage = "mixture"
             _train_classifier_alone(module, False)
         if last.interrupted:
-            return result(last, labels[train_rows])
+            return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
         found = _guide([features], known[rows], None, module, False, seed)
     labels = _on_cells(found, rows, known)
@@ -195,7 +173,7 @@ def fit_mixture(
         module.place(*_moments(z, labels[rows], module.n_components))
     last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)
     if last.interrupted:
-        return result(last, labels[train_rows])
+        return MixtureResult(last, labels[train_rows])
     before = {k: v.clone() for k, v in module.state_dict().items()}
     free = guided | {"lr": FREE_LR * lr}
     last = phase("free", min(FREE * warm, FREE_EPOCHS), known if (known >= 0).any() else None, **free)
@@ -208,7 +186,7 @@ def fit_mixture(
         )
         module.load_state_dict(before)
         last = phase("free-guided", min(FREE * warm, FREE_EPOCHS), labels, **free)
-    return result(last, labels[train_rows])
+    return MixtureResult(last, labels[train_rows])
 
 
 @contextmanager
@@ -306,7 +284,7 @@ class MixtureMonitor(Callback):
 
     Attributes
     ----------
-    rows
+    per_epoch
         For each epoch ``components_in_use`` (of at least 0.5 % of the cells), ``entropy`` of q(y|.) in nats,
         ``active_units`` of z (variance of the means above 0.01; Burda et al. 2016) and ``occupancy_<k>``, the share of
         cells.
@@ -314,7 +292,7 @@ class MixtureMonitor(Callback):
 
     def __init__(self, store: CellStore, watched: np.ndarray) -> None:
         self.store, self.watched = store, watched
-        self.rows: list[dict[str, float]] = []
+        self.per_epoch: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the cells."""
@@ -328,4 +306,4 @@ class MixtureMonitor(Callback):
             "entropy": float(-(q * q.clamp(min=1e-12).log()).sum(1).mean()),
             "active_units": float((z.var(0) > 0.01).sum()) if len(z) > 1 else 0.0,
         }
-        self.rows.append(row | {f"occupancy_{k}": float(s) for k, s in enumerate(share)})
+        self.per_epoch.append(row | {f"occupancy_{k}": float(s) for k, s in enumerate(share)})

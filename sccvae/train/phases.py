@@ -1,0 +1,97 @@
+"""A training in phases: one call of ``fit`` after the other, with one history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lightning import Callback
+
+from sccvae.data import CellStore
+from sccvae.module import GenerativeModule
+from sccvae.train.fit import TrainingResult, fit
+
+
+class Phases:
+    """Trains one module in several phases.
+
+    Parameters
+    ----------
+    module, train_rows, validation_rows, checkpoint_dir, callbacks, seed, **options
+        As for :func:`sccvae.train.fit`. Each phase has a folder of its own in ``checkpoint_dir`` and a seed of its own.
+
+    Attributes
+    ----------
+    frames
+        The history of each phase so far.
+    """
+
+    def __init__(
+        self,
+        module: GenerativeModule,
+        train_rows: np.ndarray,
+        validation_rows: np.ndarray,
+        *,
+        checkpoint_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.module = module
+        self.train_rows, self.validation_rows = train_rows, validation_rows
+        self.checkpoint_dir, self.callbacks = checkpoint_dir, callbacks
+        self.seed, self.options = seed, options
+        self.frames: list[pd.DataFrame] = []
+
+    def run(
+        self,
+        name: str,
+        number: int,
+        store: CellStore,
+        max_epochs: float,
+        watch: Callback | None = None,
+        **options: Any,
+    ) -> TrainingResult:
+        """One phase.
+
+        Parameters
+        ----------
+        name
+            What the progress bar and the folder of the checkpoints call it.
+        number
+            Value of ``phase`` in the history.
+        store
+            The cells, with the labels of this phase.
+        max_epochs
+            Epochs; a share of those of another phase is rounded, to one at least.
+        watch
+            A callback of this phase; what it has in ``per_epoch``, one dictionary for each epoch, joins the history.
+        **options
+            For :func:`sccvae.train.fit`, before those of all phases.
+
+        Returns
+        -------
+        History of all phases so far, whether this one was interrupted, and its trainer.
+        """
+        index = len(self.frames)
+        found = fit(
+            self.module,
+            store,
+            self.train_rows,
+            self.validation_rows,
+            max_epochs=max_epochs if isinstance(max_epochs, int) else max(1, round(max_epochs)),
+            checkpoint_dir=None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / f"{index}-{name}",
+            callbacks=[*self.callbacks, *filter(None, [watch])],
+            seed=self.seed + index,
+            description=name,
+            **self.options | options,
+        )
+        frame = pd.concat([*found.history.values()], axis=1) if found.history else pd.DataFrame()
+        rows = getattr(watch, "per_epoch", [])
+        watched = pd.DataFrame(rows, index=frame.index[len(frame) - len(rows) :])
+        self.frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(number)))
+        table = pd.concat(self.frames, ignore_index=True).rename_axis(index="epoch")
+        return TrainingResult({column: table[[column]] for column in table}, found.interrupted, found.trainer)
