@@ -19,6 +19,7 @@ from sccvae.distributions import (
     Normal,
     Poisson,
     as_likelihood,
+    kernels,
     kl_normal,
     kl_standard_normal,
     log_bernoulli,
@@ -56,10 +57,10 @@ def zinb_reference(x, log_mu, log_theta, logits):
     return torch.where(x == 0, torch.logaddexp(structural, seen), seen)
 
 
-def close(got, wanted, relative=1e-5):
+def close(got, wanted, relative=1e-5, absolute=1e-12):
     assert got.shape == wanted.shape
     assert torch.isfinite(got).all()
-    torch.testing.assert_close(got.double(), wanted.double(), rtol=relative, atol=1e-12)
+    torch.testing.assert_close(got.double(), wanted.double(), rtol=relative, atol=absolute)
 
 
 def id_of(likelihood):
@@ -203,6 +204,14 @@ def reference_sum(built, h, size, batch, x):
     return nb_reference(x, log_mu, log_theta).sum(-1)
 
 
+@pytest.fixture(params=["numba", "torch"])
+def path(request, monkeypatch):
+    """Log masses of counts by the compiled loop, and by torch alone."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "_has_numba", lambda: False)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("samples", [(), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("likelihood", [*COUNT_FAMILIES, *REAL_FAMILIES], ids=id_of)
@@ -223,6 +232,7 @@ def test_log_prob_of_observation(likelihood, dtype, samples):
     close(got, reference_sum(built, h, size, batch, x))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_log_prob_where_large_counts_cancel(dtype):
     """Counts near a large mean: log p(0) and the correction are thousands each, their sum a few nats."""
@@ -237,6 +247,7 @@ def test_log_prob_where_large_counts_cancel(dtype):
     close(p.log_prob(x), reference_sum(built, h, size, batch, x))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("likelihood", COUNT_FAMILIES, ids=id_of)
 def test_observation_of_a_single_cell(likelihood):
     built, h, size, batch = observation(likelihood, n=1, samples=(4,))
@@ -244,6 +255,7 @@ def test_observation_of_a_single_cell(likelihood):
     close(built(h, size, batch).log_prob(x), reference_sum(built, h, size, batch, x))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("likelihood", [*COUNT_FAMILIES, *REAL_FAMILIES], ids=id_of)
 def test_gradients_of_observation(likelihood):
     """Gradients with respect to the decoder output, the library size and every parameter of the likelihood."""
@@ -422,3 +434,25 @@ def test_normal_refuses_bad_settings(make):
 def test_dispersion_is_checked():
     with pytest.raises(ValueError, match=r"dispersion='cell' is not known; choose 'gene', 'gene-batch' or 'gene-cell'"):
         NegativeBinomial(dispersion="cell")
+
+
+@pytest.mark.parametrize("family", ["nb", "zinb"])
+def test_kernels_over_the_whole_range(family):
+    """float32 against float64 autograd: counts 0 to 1e6, dispersions 1e-4 to 1e6, means at the counts and far off."""
+    counts = torch.tensor([0, 1, 2, 3, 7, 20, 21, 100, 1e3, 2.5, 1e4, 1e6])
+    log_theta = torch.linspace(math.log(1e-4), math.log(1e6), 12)
+    x = counts[:, None].expand(12, 12).contiguous()
+    shift = torch.tensor([-3.0, 0.0, 0.3, 2.0])[:, None, None]
+    inputs = [(x.clamp(min=0.1).log() + shift), log_theta.expand(4, 12, 12), torch.randn(4, 12, 12)]
+    inputs = [t.reshape(-1, 1).contiguous() for t in inputs[: 3 if family == "zinb" else 2]]  # each count by itself
+    x = x.expand(4, 12, 12).reshape(-1, 1).contiguous()
+    slow = [t.double().requires_grad_() for t in inputs]
+    fast = [t.clone().requires_grad_() for t in inputs]
+    wanted = (log_zinb if family == "zinb" else log_nb)(x.double(), *slow)[:, 0]
+    got = (kernels.zinb_sum if family == "zinb" else kernels.nb_sum)(x, *fast)
+    tiny = 2e-7  # what is next to zero is a difference of numbers of about one
+    close(got, wanted, absolute=tiny)
+    wanted.sum().backward()
+    got.sum().backward()
+    for a, b in zip(fast, slow, strict=True):
+        close(a.grad, b.grad, absolute=tiny)

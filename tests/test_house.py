@@ -23,7 +23,7 @@ LONGEST_FILE = 420
 
 # room: (rooms it may import, packages it may import beside the standard library). Late imports count as well.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
-    "distributions": (set(), {"numpy", "torch"}),
+    "distributions": (set(), {"numba", "numpy", "torch"}),
     "nn": (set(), {"numpy", "torch"}),
     "module": ({"distributions", "nn"}, {"numpy", "torch"}),
     "data": (set(), {"anndata", "numpy", "pandas", "rich", "scipy", "scvi", "torch"}),
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
 }
 # What must not even be loaded by way of a third package when a room is imported.
 STAYS_UNLOADED = {
-    "distributions": {"anndata", "lightning", "scanpy", "scvi"},
+    "distributions": {"anndata", "lightning", "numba", "scanpy", "scvi"},
     "nn": {"anndata", "lightning", "scanpy", "scvi"},
     "module": {"anndata", "lightning", "scanpy", "scvi"},
     "datasets": {"lightning", "scvi", "torch"},

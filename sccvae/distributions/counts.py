@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
+from sccvae.distributions import kernels
 from sccvae.distributions._base import Likelihood, Observation, register
 
 #: Bound of a log inverse dispersion given by a network: beyond it a negative binomial is a Poisson (or all zeros) to
@@ -159,6 +160,8 @@ class NBObservation(CountObservation):
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
         parameters = (self.log_mu, self.log_theta)
+        if kernels.applies(x, *parameters):
+            return kernels.nb_sum(x, *parameters)
         return _sum_over_genes(_nb_zero(*parameters), x, log_nb, *parameters)
 
     @torch.no_grad()
@@ -184,6 +187,8 @@ class ZINBObservation(NBObservation):
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
         parameters = (self.log_mu, self.log_theta, self.logits)
+        if kernels.applies(x, *parameters):
+            return kernels.zinb_sum(x, *parameters)
         return _sum_over_genes(_zinb_zero(*parameters), x, _zinb_seen, *parameters)
 
     @torch.no_grad()
