@@ -39,7 +39,7 @@ class Masking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Corrupt x, any shape."""
-        return x * (torch.rand_like(x) >= self.level) if self.training else x
+        return x * (torch.rand_like(x) >= self.level) if self.training and self.level else x
 
 
 def as_corruption(noise: str | None, level: float) -> nn.Module:
