@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from sklearn.metrics import adjusted_rand_score
 
 from sccvae.data import CellStore
 from sccvae.module.gmvae import GMVAE
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 PHASES = ("warm-up", "guide", "guided", "free", "free-guided")
 #: Times that the guide is made again, from what a classifier makes of the one before.
 ROUNDS = 2
+#: A guide made again may move borders; with less agreement than this (adjusted Rand index) it found other clusters, and
+#: the one before is kept.
+SAME_CLUSTERS = 0.9
 #: Fewest optimiser steps of a round and of the guided phase, as far as the warm-up has so many epochs: after fewer, the
 #: classifier is worth less than its guide.
 GUIDED_STEPS = 200
@@ -166,7 +170,12 @@ def fit_mixture(
         if last.interrupted:
             return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
-        found = _guide([features], known[rows], None, module, False, seed)
+        again = _guide([features], known[rows], None, module, False, seed)
+        agreement = adjusted_rand_score(found.labels, again.labels)
+        logger.info("The guide made again agrees with the one before by %.3f (adjusted Rand index)", agreement)
+        if agreement < SAME_CLUSTERS:
+            break
+        found = again
     labels = _on_cells(found, rows, known)
     with _drawn_with(seed):
         module.reset_classifier()
