@@ -23,6 +23,8 @@ RESOLUTIONS, TRIALS = (0.005, 10.0), 14
 SILHOUETTE_CELLS = 4_000
 #: A silhouette must be larger by this share to prefer a partition; clusters that finer partitions have more.
 SILHOUETTE_MARGIN, FINER = 0.1, 3
+#: How far labels spread (alpha of Zhou et al.): with 0.99, theirs, small types drown in large ones beside them.
+SPREAD = 0.9
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -275,7 +277,7 @@ def spread(graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, *, step
 
     References
     ----------
-    Zhou et al. 2003, Learning with local and global consistency, NeurIPS, with alpha = 0.99; classes are brought to the
+    Zhou et al. 2003, Learning with local and global consistency, NeurIPS, with alpha = 0.9; classes are brought to the
     shares of the known labels (class mass normalisation, Zhu et al. 2003).
     """
     start = np.zeros((len(labels), n_classes))
@@ -286,7 +288,7 @@ def spread(graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, *, step
     walk = sparse.diags(1 / degree) @ graph @ sparse.diags(1 / degree)
     heat = start.copy()
     for _ in range(steps):
-        heat = 0.99 * (walk @ heat) + 0.01 * start
+        heat = SPREAD * (walk @ heat) + (1 - SPREAD) * start
     heat *= np.divide(share, heat.sum(0), out=np.zeros(n_classes), where=heat.sum(0) > 0)
     heat[known] = start[known]
     total = heat.sum(1, keepdims=True)
