@@ -171,7 +171,8 @@ def fit_mixture(
             return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
         again = _guide([features], known[rows], None, module, False, seed)
-        agreement = adjusted_rand_score(found.labels, again.labels)
+        both = (found.labels >= 0) & (again.labels >= 0)
+        agreement = adjusted_rand_score(found.labels[both], again.labels[both])
         logger.info("The guide made again agrees with the one before by %.3f (adjusted Rand index)", agreement)
         if agreement < SAME_CLUSTERS:
             break
