@@ -126,7 +126,7 @@ def test_models_without_clusters_or_components_say_so(cells):
 
 def test_consensus_of_three_runs(cells, tmp_path, capsys):
     before = keys(cells)
-    training = FAST | {"progress_bar": True, "max_epochs": 10, "checkpoint_dir": tmp_path / "state"}
+    training = FAST | {"progress_bar": True, "max_epochs": 30, "checkpoint_dir": tmp_path / "state"}
     options = {"batch_key": "condition", "n_components": 5, "train_options": training, **TINY}
     assert tl.consensus(cells, 3, seed=7, **options) is None
     assert "run 2 of 3 (seed 8): 5 components" in capsys.readouterr().out
@@ -143,7 +143,7 @@ def test_consensus_of_three_runs(cells, tmp_path, capsys):
     assert note["clusters"] == sorted(cells.obs["consensus"].unique())
     assert len(note["instability"]) == len(note["clusters"])
     # each run is that of tl.cluster with its seed
-    alone = tl.cluster(cells, seed=8, copy=True, **options | {"train_options": FAST | {"max_epochs": 10}})
+    alone = tl.cluster(cells, seed=8, copy=True, **options | {"train_options": FAST | {"max_epochs": 30}})
     assert metrics.clustering(alone.obs["gmvae"], cells.obs["consensus"])["ari"] > 0.3
     cells.write_h5ad(tmp_path / "cells.h5ad")
 
