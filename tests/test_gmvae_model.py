@@ -332,7 +332,7 @@ def test_the_rounds_of_the_guide_train_the_classifier_alone():
         assert moved
     assert all(p.requires_grad for p in model.module.parameters())
     phase = model.history["phase"]["phase"]
-    assert (phase == 1).sum() == len(seen["classifier"]) > 2
+    assert (phase == 1).sum() == len(seen["classifier"]) >= 1
     assert set(phase) >= {0, 1, 2, 3}
 
 
