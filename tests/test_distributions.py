@@ -456,3 +456,19 @@ def test_kernels_over_the_whole_range(family):
     got.sum().backward()
     for a, b in zip(fast, slow, strict=True):
         close(a.grad, b.grad, absolute=tiny)
+
+
+def test_kernels_need_no_folder_for_their_cache(monkeypatch):
+    import numba
+
+    njit = numba.njit
+
+    def refuse(*given, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*given, **options)
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    monkeypatch.setattr(kernels, "_loop", kernels._loop.__wrapped__)
+    x, log_mu = torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)
+    close(kernels.nb_sum(x, log_mu, log_mu), log_nb(x, log_mu, log_mu).sum(-1))

@@ -226,7 +226,7 @@ def test_a_guide_starts_the_clusters_also_with_gaps():
     adata = make_cells()
     guide = adata.obs["class"].astype(object)
     guide[np.arange(adata.n_obs) % 2 == 0] = np.nan
-    model = make(adata, max_epochs=40, guide=guide)
+    model = make(adata, max_epochs=20, guide=guide)
     assert model.n_components == 5  # as many as the guide has
     assert model.component_names == ["0", "1", "2", "3", "4"]  # a guide gives no names
     expected = adata.obs["class"].cat.codes.astype(str)

@@ -207,3 +207,10 @@ def test_component_grid_shares_w_in_a_row(gmvae):
 def test_component_grid_needs_components():
     with pytest.raises(TypeError, match="has no components to draw from: take a GMVAE"):
         pl.component_grid(SimpleNamespace(sample=None))
+
+
+def test_every_phase_of_the_training_has_a_name():
+    from sccvae.train.mixture import PHASES
+
+    assert len(pl._mixture.PHASES) == len(PHASES)
+    assert pl._mixture.PHASES[:4] == PHASES[:4]

@@ -37,10 +37,16 @@ def _loop() -> Any:
     """The compiled loop over non-zero counts; numba is imported, and once compiles, when it is first needed."""
     import numba
 
-    compiled = numba.njit(cache=True, error_model="numpy", nogil=True)
+    def compiled(function: Any) -> Any:
+        options = {"error_model": "numpy", "nogil": True}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder that can be written to: compiled anew in each session
+            return numba.njit(**options)(function)
 
     @compiled
     def digamma(v):
+        """Derivative of log-gamma at v > 0: its asymptotic series (Abramowitz and Stegun, 6.3.18) from 8 on."""
         below = 0.0
         while v < 8.0:  # psi(v) = psi(v + 1) - 1 / v
             below -= 1.0 / v
@@ -129,6 +135,7 @@ class _NB(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
+        """See :func:`nb_sum`."""
         flat = _flat(x, log_mu, log_theta)
         zero, d_mu, d_theta = _zeros(*flat[1:])
         total = _fill(*flat, zero, d_mu, d_theta)
@@ -138,6 +145,7 @@ class _NB(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        """Gradients by log mu and log theta, of their shapes, for that of the result, (..., n)."""
         d_mu, d_theta = ctx.saved_tensors
         g = gradient.reshape(-1, 1)
         by_theta = g.T @ d_theta if math.prod(ctx.shapes[1][:-1]) == 1 else g * d_theta
@@ -149,6 +157,7 @@ class _ZINB(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
+        """See :func:`zinb_sum`."""
         flat = _flat(x, log_mu, log_theta)
         nb_zero, d_mu, d_theta = _zeros(*flat[1:])
         logits_flat = logits.detach().expand(log_mu.shape).reshape(nb_zero.shape)
@@ -165,6 +174,7 @@ class _ZINB(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        """Gradients by log mu, log theta and the logits, of their shapes, for that of the result, (..., n)."""
         g = gradient.reshape(-1, 1)
         by_mu, by_theta, by_logits = (_to(s, g * d) for s, d in zip(ctx.shapes, ctx.saved_tensors, strict=True))
         return None, by_mu, by_theta, by_logits

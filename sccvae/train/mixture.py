@@ -177,6 +177,12 @@ def fit_mixture(
         if agreement < SAME_CLUSTERS:
             break
         found = again
+    if guide is None and found.n_clusters < module.n_components:
+        logger.warning(
+            "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty.",
+            found.n_clusters,
+            module.n_components,
+        )
     labels = _on_cells(found, rows, known)
     with _drawn_with(seed):
         module.reset_classifier()
@@ -238,14 +244,7 @@ def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, s
         graphs = [graph, *graphs]
     if (known >= 0).any():
         return _spread_guide(graph, known, module, choose, seed)
-    guide = Communities(graph, seed).stable() if choose else best_partition(views, graphs, module.n_components, seed)
-    if guide.n_clusters < module.n_components and not choose:
-        logger.warning(
-            "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty.",
-            guide.n_clusters,
-            module.n_components,
-        )
-    return guide
+    return Communities(graph, seed).stable() if choose else best_partition(views, graphs, module.n_components, seed)
 
 
 def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:
