@@ -6,10 +6,9 @@ import random
 
 import numpy as np
 import pytest
-from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
-from sccvae.train.guide import Communities, best_partition, by_size, core, neighbor_graph, spread
+from sccvae.train.guide import Communities, best_partition, by_size, neighbor_graph
 
 SIZES = [60, 50, 40, 30, 20]
 
@@ -145,75 +144,6 @@ def test_by_size_of_many_cells_leaves_out_a_small_share():
     labels = np.repeat([0, 1], [9990, 10])  # 0.1 %
     assert by_size(labels).n_clusters == 1
     assert by_size(np.repeat([0, 1], [9970, 30])).n_clusters == 2
-
-
-# Labels along the graph
-
-
-def test_spread_fills_the_components_of_the_graph(blobs):
-    graph, labels = blobs
-    known = np.full(len(labels), -1)
-    for blob, new in [(0, 1), (2, 0), (4, 2)]:
-        known[np.flatnonzero(labels == blob)[0]] = new
-    heat = spread(graph, known, 3)
-    assert heat.shape == (len(labels), 3)
-    for blob, new in [(0, 1), (2, 0), (4, 2)]:
-        np.testing.assert_allclose(heat[labels == blob], np.eye(3)[[new]].repeat(SIZES[blob], 0), atol=1e-12)
-    assert (heat[(labels == 1) | (labels == 3)] == 0).all()  # nothing leads there
-
-
-def test_known_labels_stay_and_rows_sum_to_one():
-    z = np.random.default_rng(0).normal(size=(80, 2))
-    graph = neighbor_graph(z)
-    known = np.full(80, -1)
-    known[:10] = np.arange(10) % 3
-    heat = spread(graph, known, 4)
-    assert (heat[:10] == np.eye(4)[known[:10]]).all()
-    np.testing.assert_allclose(heat.sum(1), 1)
-    assert (heat[:, 3] == 0).all()  # no cell has that label
-    assert heat.min() >= 0
-
-
-def test_spread_along_a_chain():
-    """Labels at both ends: every cell of the path takes the nearer one."""
-    n = 9
-    path = sparse.diags([np.ones(n - 1), np.ones(n - 1)], [-1, 1]).tocsr()
-    known = np.full(n, -1)
-    known[0], known[-1] = 0, 1
-    heat = spread(path, known, 2)
-    assert (heat[: n // 2].argmax(1) == 0).all()
-    assert (heat[n // 2 + 1 :].argmax(1) == 1).all()
-    np.testing.assert_allclose(heat[n // 2], 0.5)
-    np.testing.assert_allclose(heat, heat[::-1, ::-1])
-
-
-def test_core_leaves_out_what_lies_between():
-    z, labels = make_blobs([60, 60], distance=2.0)
-    graph = neighbor_graph(z)
-    found = core(graph, labels, 2)
-    votes = np.stack([graph @ (labels == k) for k in range(2)], 1)
-    share = votes[np.arange(120), labels] / votes.sum(1)
-    assert (found == np.where(share >= 0.8, labels, -1)).all()
-    assert 0 < (found < 0).sum() < 60
-    assert (core(graph, labels, 2, agreement=0.0) == labels).all()
-
-
-def test_core_keeps_separate_clusters_and_gives_no_new_labels(blobs):
-    graph, labels = blobs
-    some = np.where(np.arange(len(labels)) % 10 == 0, -1, labels)
-    found = core(graph, some, 5, agreement=0.5)
-    assert (found[some < 0] == -1).all()
-    assert (found[some >= 0] == some[some >= 0]).mean() > 0.95
-
-
-def test_core_leaves_no_cluster_without_a_label():
-    z, labels = make_blobs([60, 60])
-    labels[::7] = 2  # scattered: no neighbours agree
-    found = core(neighbor_graph(z), labels, 3)
-    assert (found[labels == 2] == 2).all()
-
-
-# The best of several partitions
 
 
 def test_the_first_graph_decides_unless_another_is_clearly_better(blobs):

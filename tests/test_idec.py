@@ -18,6 +18,7 @@ from sccvae.model import AE, IDEC, load
 from sccvae.module import IDEC as Plate
 from sccvae.module import Batch
 from sccvae.train import TargetDistribution, fit_deep_clustering
+from sccvae.train.guide import Guide
 
 N, G, K = 30, 6, 4
 FEW = {"max_epochs": 3, "batch_size": 8, "accelerator": "cpu", "progress_bar": False}
@@ -136,7 +137,7 @@ class Spy(Callback):
 
 def test_centers_start_at_k_means():
     plate, spy = a_plate(STORE_G), Spy()
-    result = fit_few(plate, callbacks=[spy], seed=5)
+    result = fit_few(plate, callbacks=[spy], seed=5, init="kmeans")
     assert result.history["phase"]["phase"].tolist()[:4] == [0, 0, 0, 1]
     start = a_plate(STORE_G)
     start.load_state_dict(spy.state)
@@ -149,6 +150,29 @@ def test_centers_start_at_k_means():
     assert distance.min(1).max() < 1e-6
     sizes = np.bincount(wanted.labels_)[distance.argmin(1)]
     assert (np.diff(sizes) <= 0).all()
+
+
+@pytest.mark.parametrize("found", [K, K - 1])
+def test_centers_start_at_leiden_communities(found, monkeypatch):
+    """At their means; by k-means if there are fewer."""
+    plate, spy, seen = a_plate(STORE_G), Spy(), {}
+
+    def partition(views, graphs, n_clusters, seed):
+        assert (len(views), len(graphs), n_clusters, seed) == (1, 1, K, 5)
+        seen["z"], seen["labels"] = views[0], np.arange(len(views[0])) % found
+        return Guide(seen["labels"], found)
+
+    monkeypatch.setattr("sccvae.train.deep_clustering.best_partition", partition)
+    fit_few(plate, callbacks=[spy], seed=5)
+    labels = seen["labels"] if found == K else KMeans(K, n_init=20, random_state=5).fit_predict(seen["z"])
+    means = np.stack([seen["z"][labels == k].mean(0) for k in range(K)])
+    start = spy.state["centers"].numpy()
+    np.testing.assert_allclose(np.sort(start, axis=0), np.sort(means, axis=0), atol=1e-5)
+
+
+def test_an_unknown_init_is_named():
+    with pytest.raises(ValueError, match="init='random' is not known; choose 'leiden' or 'kmeans'"):
+        fit_few(a_plate(STORE_G), init="random")
 
 
 def test_frequencies_are_those_of_all_training_cells():

@@ -111,13 +111,13 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         ----------
         max_epochs
             Epochs of the warm-up; None for about 6,000 optimiser steps. Each of the two rounds of the guide takes a
-            fifth of it, at most 6, the guided phase a third, at most 15, the free one a quarter, at most 10.
+            fifth of it, at most 6, the guided phase half, at most 15, the free one a tenth, at most 5.
         guide
             Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
             none). Unlike ``labels_key``, they only start the clusters.
         **options
             As for :meth:`BaseModel.train`. ``early_stopping``, ``patience`` and ``kl_warmup`` are of the warm-up; the
-            free phase has a tenth of ``lr``.
+            free phase has a hundredth of ``lr``.
 
         Raises
         ------

@@ -71,7 +71,9 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
         n_components = settings.pop("n_components")
         return module.IDEC(len(self.schema.var_names), 1 if n_components is None else n_components, **settings)
 
-    def train(self, max_epochs: int | None = None, **options: Any) -> None:
+    def train(
+        self, max_epochs: int | None = None, *, init: Literal["leiden", "kmeans"] = "leiden", **options: Any
+    ) -> None:
         """Pretrain a denoising autoencoder, place the centres at clusters of z, then cluster.
 
         The clustering ends early when fewer than 0.1 % of the cells change their cluster in an epoch.
@@ -80,17 +82,20 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
         ----------
         max_epochs
             Epochs of the pretraining; None for about 6,000 optimiser steps. The clustering takes at most half of it.
+        init
+            Where the centres start: at the Leiden communities of the neighbour graph in z, or, as published, by
+            k-means (``"kmeans"``), which needs a much longer pretraining. With ``n_components=None`` always Leiden.
         **options
             As for :meth:`BaseModel.train`; ``early_stopping`` and ``patience`` are of the pretraining.
 
         Raises
         ------
         ValueError
-            If there are fewer training cells than clusters, and as for :meth:`BaseModel.train`.
+            If there are fewer training cells than clusters, ``init`` is not known, and as for :meth:`BaseModel.train`.
         FloatingPointError
             If the loss stops being finite.
         """
-        super().train(max_epochs, **options)
+        super().train(max_epochs, init=init, **options)
 
     def _fit(self, store: CellStore, **options: Any) -> TrainingResult:
         try:

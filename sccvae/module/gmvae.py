@@ -281,7 +281,8 @@ class GMVAE(EvidenceModule):
         """``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x (Miyato et al. 2018, eq. 6)."""
         if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
             return {}
-        x, c = self.likelihood.encoder_input(batch.x), self.c(batch)
+        # Every second cell: batches are shuffled, and the penalty needs three more passes of its cells.
+        x, c = self.likelihood.encoder_input(batch.x[::2]), self.c(batch)[::2]
 
         def log_q(v: Tensor) -> Tensor:
             return self.log_q_y(v, self.encoder(v, c).loc, c)

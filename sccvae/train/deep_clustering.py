@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
 from sccvae.train.fit import TrainingResult
-from sccvae.train.guide import MAX_CELLS, Communities, Guide, neighbor_graph
+from sccvae.train.guide import MAX_CELLS, Communities, Guide, best_partition, neighbor_graph
 from sccvae.train.passes import over_cells, some_rows
 from sccvae.train.phases import Phases
 from sccvae.train.schedules import default_max_epochs
@@ -38,6 +38,7 @@ def fit_deep_clustering(
     validation_rows: np.ndarray,
     *,
     choose_components: bool = False,
+    init: Literal["leiden", "kmeans"] = "leiden",
     max_epochs: int | None = None,
     batch_size: int = 128,
     kl_warmup: float = 0.2,
@@ -50,7 +51,7 @@ def fit_deep_clustering(
     """Train ``module`` in place.
 
     1. *Pretraining*: a denoising autoencoder, until its held-out error no longer falls.
-    2. Centres at the clusters of z: by k-means, or, if their number is to be chosen, by Leiden.
+    2. Centres at the clusters of z, by Leiden or by k-means.
     3. *Clustering*: error and clustering loss together, on clean inputs, until hardly a cell changes its cluster.
 
     Parameters
@@ -63,6 +64,9 @@ def fit_deep_clustering(
         Rows of the store, (n,) int64.
     choose_components
         Let a graph clustering choose the number of centres.
+    init
+        ``"leiden"``: centres at the communities of the neighbour graph in z, their number searched by the resolution;
+        ``"kmeans"``: as published. The number of centres can be chosen by Leiden alone.
     max_epochs
         Epochs of the pretraining; None for about 6,000 optimiser steps. The clustering takes at most half of it.
     kl_warmup, early_stopping
@@ -77,10 +81,13 @@ def fit_deep_clustering(
     Raises
     ------
     ValueError
-        If there are fewer training cells than centres, and as for :func:`sccvae.train.fit`.
+        If there are fewer training cells than centres, ``init`` is not known, and as for :func:`sccvae.train.fit`.
     FloatingPointError
         As for :func:`sccvae.train.fit`.
     """
+    if init not in ("leiden", "kmeans"):
+        msg = f"init={init!r} is not known; choose 'leiden' or 'kmeans'."
+        raise ValueError(msg)
     if not choose_components and len(train_rows) < module.n_components:
         msg = f"n_components={module.n_components}, but there are only {len(train_rows)} training cells."
         raise ValueError(msg)
@@ -102,7 +109,7 @@ def fit_deep_clustering(
             torch.manual_seed(seed)
             module.set_components(found.n_clusters)
     else:
-        found = _k_means(z, module.n_components, seed)
+        found = _k_means(z, module.n_components, seed) if init == "kmeans" else _leiden(z, module.n_components, seed)
     logger.info("Centres: %d clusters of sizes %s", found.n_clusters, np.bincount(found.labels[found.labels >= 0]))
     centers = np.stack([z[found.labels == k].mean(0) for k in range(found.n_clusters)])
     module.place(torch.from_numpy(centers))
@@ -159,6 +166,12 @@ class TargetDistribution(Callback):
         self.labels = over_cells(module, self.store, self.rows, look)
         module.frequencies.copy_(total)
         module.train(training)
+
+
+def _leiden(z: np.ndarray, n_clusters: int, seed: int) -> Guide:
+    """Communities of the neighbour graph; by k-means if the cells do not fall into so many."""
+    found = best_partition([z], [neighbor_graph(z)], n_clusters, seed)
+    return found if found.n_clusters == n_clusters else _k_means(z, n_clusters, seed)
 
 
 def _k_means(z: np.ndarray, n_clusters: int, seed: int) -> Guide:

@@ -23,8 +23,6 @@ RESOLUTIONS, TRIALS = (0.005, 10.0), 14
 SILHOUETTE_CELLS = 4_000
 #: A silhouette must be larger by this share to prefer a partition; clusters that finer partitions have more.
 SILHOUETTE_MARGIN, FINER = 0.1, 3
-#: How far labels spread (alpha of Zhou et al.): with 0.99, theirs, small types drown in large ones beside them.
-SPREAD = 0.9
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -255,69 +253,3 @@ def by_size(labels: np.ndarray) -> Guide:
     rank = np.full(len(names), -1)
     rank[order[: keep.sum()]] = np.arange(keep.sum())
     return Guide(rank[inverse].astype(np.int64), int(keep.sum()))
-
-
-def spread(graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, *, steps: int = 50) -> np.ndarray:
-    """Spread known labels along a graph, as heat that the labelled cells hold.
-
-    Parameters
-    ----------
-    graph
-        As from :func:`neighbor_graph`.
-    labels
-        Class of each cell, (n,) int64; -1 for unknown.
-    n_classes
-        Number of classes.
-    steps
-        Steps of the spread.
-
-    Returns
-    -------
-    (n, n_classes) float64, rows summing to 1, or to 0 where no label can reach.
-
-    References
-    ----------
-    Zhou et al. 2003, Learning with local and global consistency, NeurIPS, with alpha = 0.9; classes are brought to the
-    shares of the known labels (class mass normalisation, Zhu et al. 2003).
-    """
-    start = np.zeros((len(labels), n_classes))
-    known = np.flatnonzero(labels >= 0)
-    start[known, labels[known]] = 1
-    share = start.sum(0)
-    degree = np.sqrt(np.asarray(graph.sum(1)).ravel()) + 1e-12
-    walk = sparse.diags(1 / degree) @ graph @ sparse.diags(1 / degree)
-    heat = start.copy()
-    for _ in range(steps):
-        heat = SPREAD * (walk @ heat) + (1 - SPREAD) * start
-    heat *= np.divide(share, heat.sum(0), out=np.zeros(n_classes), where=heat.sum(0) > 0)
-    heat[known] = start[known]
-    total = heat.sum(1, keepdims=True)
-    return np.divide(heat, total, out=np.zeros_like(heat), where=total > 0)
-
-
-def core(graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, agreement: float = 0.8) -> np.ndarray:
-    """Labels of the cells whose neighbours agree, -1 for the others: what lies between clusters guides nobody.
-
-    Parameters
-    ----------
-    graph
-        As from :func:`neighbor_graph`.
-    labels
-        Cluster of each cell, (n,) int64; -1 for none.
-    n_classes
-        Number of clusters.
-    agreement
-        Share of the neighbours, by weight, that must have the cell's own label.
-
-    Returns
-    -------
-    (n,) int64. No cluster is left without a label.
-    """
-    known = labels >= 0
-    hot = sparse.csr_matrix((np.ones(known.sum()), (np.flatnonzero(known), labels[known])), (len(labels), n_classes))
-    votes = np.asarray((graph @ hot).todense())
-    share = votes / np.maximum(np.asarray(graph.sum(1)), 1e-12)
-    keep = known & (share[np.arange(len(labels)), labels] >= agreement)
-    for k in np.setdiff1d(np.unique(labels[known]), np.unique(labels[keep])):
-        keep |= labels == k
-    return np.where(keep, labels, -1)

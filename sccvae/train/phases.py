@@ -53,6 +53,7 @@ class Phases:
         store: CellStore,
         max_epochs: float,
         watch: Callback | None = None,
+        again: np.ndarray | None = None,
         **options: Any,
     ) -> TrainingResult:
         """One phase.
@@ -69,6 +70,8 @@ class Phases:
             Epochs; a share of those of another phase is rounded, to one at least.
         watch
             A callback of this phase; what it has in ``per_epoch``, one dictionary for each epoch, joins the history.
+        again
+            Training rows that are shown once more in each epoch, (m,) int64, a row as often as it is in there.
         **options
             For :func:`sccvae.train.fit`, before those of all phases.
 
@@ -80,7 +83,7 @@ class Phases:
         found = fit(
             self.module,
             store,
-            self.train_rows,
+            self.train_rows if again is None else np.concatenate([self.train_rows, again]),
             self.validation_rows,
             max_epochs=max_epochs if isinstance(max_epochs, int) else max(1, round(max_epochs)),
             checkpoint_dir=None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / f"{index}-{name}",
