@@ -436,19 +436,20 @@ def test_dispersion_is_checked():
         NegativeBinomial(dispersion="cell")
 
 
+@pytest.mark.parametrize("cells", [576, 1], ids=["one gene", "one cell"])  # by itself, and in vectors
 @pytest.mark.parametrize("family", ["nb", "zinb"])
-def test_kernels_over_the_whole_range(family):
+def test_kernels_over_the_whole_range(family, cells):
     """float32 against float64 autograd: counts 0 to 1e6, dispersions 1e-4 to 1e6, means at the counts and far off."""
     counts = torch.tensor([0, 1, 2, 3, 7, 20, 21, 100, 1e3, 2.5, 1e4, 1e6])
     log_theta = torch.linspace(math.log(1e-4), math.log(1e6), 12)
     x = counts[:, None].expand(12, 12).contiguous()
     shift = torch.tensor([-3.0, 0.0, 0.3, 2.0])[:, None, None]
     inputs = [(x.clamp(min=0.1).log() + shift), log_theta.expand(4, 12, 12), torch.randn(4, 12, 12)]
-    inputs = [t.reshape(-1, 1).contiguous() for t in inputs[: 3 if family == "zinb" else 2]]  # each count by itself
-    x = x.expand(4, 12, 12).reshape(-1, 1).contiguous()
+    inputs = [t.reshape(cells, -1).contiguous() for t in inputs[: 3 if family == "zinb" else 2]]
+    x = x.expand(4, 12, 12).reshape(cells, -1).contiguous()
     slow = [t.double().requires_grad_() for t in inputs]
     fast = [t.clone().requires_grad_() for t in inputs]
-    wanted = (log_zinb if family == "zinb" else log_nb)(x.double(), *slow)[:, 0]
+    wanted = (log_zinb if family == "zinb" else log_nb)(x.double(), *slow).sum(-1)
     got = (kernels.zinb_sum if family == "zinb" else kernels.nb_sum)(x, *fast)
     tiny = 2e-7  # what is next to zero is a difference of numbers of about one
     close(got, wanted, absolute=tiny)
@@ -456,6 +457,19 @@ def test_kernels_over_the_whole_range(family):
     got.sum().backward()
     for a, b in zip(fast, slow, strict=True):
         close(a.grad, b.grad, absolute=tiny)
+
+
+@pytest.mark.parametrize("parameter", [0, 1, 2])
+@pytest.mark.parametrize("count", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_do_not_hide_nan(parameter, count, dtype):
+    """The training must see it: comparisons with NaN, as for a maximum, choose the other number."""
+    x = torch.full((2, 9), count, dtype=dtype)
+    inputs = [torch.zeros(2, 9, dtype=dtype) for _ in range(3)]
+    inputs[parameter][1, 4] = math.nan
+    found = [kernels.zinb_sum(x, *inputs)] + ([kernels.nb_sum(x, *inputs[:2])] if parameter < 2 else [])
+    for got in found:
+        assert got.isnan().tolist() == [False, True]
 
 
 def test_kernels_need_no_folder_for_their_cache(monkeypatch):
@@ -469,6 +483,6 @@ def test_kernels_need_no_folder_for_their_cache(monkeypatch):
         return njit(*given, **options)
 
     monkeypatch.setattr(numba, "njit", refuse)
-    monkeypatch.setattr(kernels, "_loop", kernels._loop.__wrapped__)
+    monkeypatch.setattr(kernels, "_loops", kernels._loops.__wrapped__)
     x, log_mu = torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)
     close(kernels.nb_sum(x, log_mu, log_mu), log_nb(x, log_mu, log_mu).sum(-1))
