@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -483,6 +487,20 @@ def test_kernels_need_no_folder_for_their_cache(monkeypatch):
         return njit(*given, **options)
 
     monkeypatch.setattr(numba, "njit", refuse)
-    monkeypatch.setattr(kernels, "_loops", kernels._loops.__wrapped__)
+    loops = importlib.reload(importlib.import_module("sccvae.distributions._loops"))
     x, log_mu = torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)
     close(kernels.nb_sum(x, log_mu, log_mu), log_nb(x, log_mu, log_mu).sum(-1))
+    monkeypatch.undo()
+    importlib.reload(loops)
+
+
+def test_kernels_are_compiled_once_for_a_machine(tmp_path):
+    """A second Python finds them in the cache; each once wrote its own copy."""
+    program = "import torch; from sccvae.distributions.kernels import *; x = torch.ones(1, 3); zinb_sum(x, x, x, x)"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    written = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+        written.append(sorted(f.name for f in tmp_path.rglob("*.nbc")))
+    assert written[0]
+    assert written[0] == written[1]

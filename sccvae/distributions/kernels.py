@@ -10,16 +10,11 @@ from __future__ import annotations
 import math
 from functools import cache
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
-
-#: Whole counts up to this one have their log-gamma and digamma differences by recurrence.
-SMALL = 20
 
 
 def applies(x: Tensor, *parameters: Tensor) -> bool:
@@ -33,158 +28,6 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-@cache
-def _loops() -> SimpleNamespace:
-    """The compiled loops; numba is imported, and once compiles, when they are first needed."""
-    import numba
-
-    f = np.float32
-
-    def compiled(**more: Any) -> Any:
-        options = {"error_model": "numpy", "nogil": True, **more}
-
-        def decorate(function: Any) -> Any:
-            try:
-                return numba.njit(cache=True, **options)(function)
-            except RuntimeError:  # no folder that can be written to: compiled anew in each session
-                return numba.njit(**options)(function)
-
-        return decorate
-
-    # Sums may be reordered, so that they become vector instructions; infinity and NaN stay what they are.
-    fast = compiled(fastmath={"contract", "reassoc", "nsz"}, inline="always")
-
-    @fast
-    def exp_minus(v):
-        """exp(-v) for float32 v >= 0, down to exp(-87); Cody and Waite's reduction, polynomial of Cephes' expf."""
-        v = -min(v, f(87.0))
-        n = np.floor(v * f(1.44269504) + f(0.5))
-        r = v - n * f(0.693359375) + n * f(2.12194440e-4)
-        p = f(1.9875691500e-4)
-        p = p * r + f(1.3981999507e-3)
-        p = p * r + f(8.3334519073e-3)
-        p = p * r + f(4.1665795894e-2)
-        p = p * r + f(1.6666665459e-1)
-        p = p * r + f(5.0000001201e-1)
-        power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)  # 2 ** n
-        return (p * r * r + r + f(1.0)) * power
-
-    @fast
-    def log1p_unit(e):
-        """log(1 + e) for float32 e in [0, 1]: 2 artanh(e / (2 + e)) by its series."""
-        u = e / (f(2.0) + e)
-        s = u * u
-        p = f(1 / 15)
-        for k in (13, 11, 9, 7, 5, 3):
-            p = p * s + f(1) / f(k)
-        return f(2.0) * u * (p * s + f(1.0))
-
-    @compiled(fastmath={"contract", "reassoc", "nsz"})
-    def nb_zeros(x, log_mu, log_theta, theta, d_mu, d_theta):
-        """Derivatives of one cell as if all its counts were zero; the log mass, summed where they are. All (G,)."""
-        total = f(0.0)
-        for j in range(len(x)):
-            a = log_mu[j] - log_theta[j]
-            e = exp_minus(abs(a))
-            plus = log1p_unit(e) + (f(0.0) if a <= 0 else a)  # log(1 + mu / theta)
-            zero = -theta[j] * plus
-            d_mu[j] = -theta[j] * ((e if a < 0 else f(1.0)) / (f(1.0) + e))
-            d_theta[j] = zero - d_mu[j]
-            total += f(0.0) if x[j] > 0 else zero
-        return total
-
-    @compiled(fastmath={"contract", "reassoc", "nsz"})
-    def zinb_zeros(x, log_mu, log_theta, theta, logits, d_mu, d_theta, d_logits):
-        """As ``nb_zeros``; with log P(no structural zero) where the count is not zero."""
-        total = f(0.0)
-        for j in range(len(x)):
-            a, b = log_mu[j] - log_theta[j], logits[j]
-            e = exp_minus(abs(a))
-            nb_zero = -theta[j] * (log1p_unit(e) + (f(0.0) if a <= 0 else a))
-            by_mu = -theta[j] * ((e if a < 0 else f(1.0)) / (f(1.0) + e))
-            e = exp_minus(abs(b))
-            tail = log1p_unit(e)
-            structural, expressed = (f(0.0) if b >= 0 else b) - tail, (f(0.0) if b <= 0 else -b) - tail  # logs
-            share = (e if b < 0 else f(1.0)) / (f(1.0) + e)  # P(structural zero)
-            c = b - nb_zero
-            e = exp_minus(abs(c))
-            either = (structural if c > 0 else expressed + nb_zero) + log1p_unit(e)
-            one = f(1.0) / (f(1.0) + e)
-            from_nb = e * one if c > 0 else one  # P(a zero is no structural one)
-            d_mu[j], d_theta[j] = from_nb * by_mu, from_nb * (nb_zero - by_mu)
-            d_logits[j] = (f(0.0) if x[j] > 0 else f(1.0) - from_nb) - share
-            total += expressed if x[j] > 0 else either
-        return total
-
-    @compiled()
-    def digamma(v):
-        """Derivative of log-gamma at v > 0: its asymptotic series (Abramowitz and Stegun, 6.3.18) from 8 on."""
-        below = 0.0
-        while v < 8.0:  # psi(v) = psi(v + 1) - 1 / v
-            below -= 1.0 / v
-            v += 1.0
-        i = 1.0 / (v * v)
-        tail = i * (1 / 12 - i * (1 / 120 - i * (1 / 252 - i * (1 / 240 - i / 132))))
-        return below + math.log(v) - 0.5 / v - tail
-
-    @compiled()
-    def nb_seen(x, log_mu, log_theta, theta, d_mu, d_theta):
-        """Replace the derivatives of one cell where x > 0; the log mass, summed there. All (G,)."""
-        total = 0.0
-        for j in range(len(x)):
-            count = np.float64(x[j])
-            if not count > 0.0:
-                continue
-            t, u = theta[j], np.float64(log_theta[j])
-            a = np.float64(log_mu[j]) - u
-            e = math.exp(-abs(a))
-            ratio = e if a < 0 else 1.0 / e  # mu / theta
-            plus = math.log1p(e) + max(a, 0.0)  # log(1 + mu / theta)
-            if count <= SMALL and count == math.floor(count):
-                ways, gap = 1.0, 0.0
-                for k in range(int(count)):
-                    ways *= (t + k) / (k + 1.0)
-                    gap += 1.0 / (t + k)
-                ways = math.log(ways) if count > 1.0 else u
-            else:
-                ways = math.lgamma(count + t) - math.lgamma(t) - math.lgamma(count + 1.0)
-                gap = digamma(count + t) - digamma(t)
-            total += ways - t * plus - count * (plus - a)
-            slope = (count - t * ratio) / (1.0 + ratio)  # theta (x - mu) / (theta + mu)
-            d_mu[j] = slope
-            d_theta[j] = t * (gap - plus) - slope
-        return total
-
-    # Over cells: x (m, G); log_mu, d_* (n, G); log_theta, theta (m, G) or (1, G); total (n,); n is a multiple of m.
-
-    @compiled()
-    def seen(x, log_mu, log_theta, theta, d_mu, d_theta, total):
-        for i in range(len(log_mu)):
-            row = i % len(x)
-            own = row if len(theta) > 1 else 0
-            total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])
-
-    @compiled()
-    def nb(x, log_mu, log_theta, theta, theta32, d_mu, d_theta, total):
-        for i in range(len(log_mu)):
-            row = i % len(x)
-            own = row if len(theta) > 1 else 0
-            total[i] = nb_zeros(x[row], log_mu[i], log_theta[own], theta32[own], d_mu[i], d_theta[i])
-            total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])
-
-    @compiled()
-    def zinb(x, log_mu, log_theta, theta, theta32, logits, d_mu, d_theta, d_logits, total):
-        for i in range(len(log_mu)):
-            row = i % len(x)
-            own = row if len(theta) > 1 else 0
-            total[i] = zinb_zeros(
-                x[row], log_mu[i], log_theta[own], theta32[own], logits[i], d_mu[i], d_theta[i], d_logits[i]
-            )
-            total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])
-
-    return SimpleNamespace(seen=seen, nb=nb, zinb=zinb)
-
-
 def _flat(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments without gradient: x (m, G), log_mu (n, G) and log_theta (1 or m or n, G), contiguous."""
     width = x.shape[-1]
@@ -195,7 +38,9 @@ def _flat(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _run(loop: str, *tensors: Tensor) -> None:
-    getattr(_loops(), loop)(*(t.numpy() for t in tensors))
+    from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
+
+    getattr(_loops, loop)(*(t.numpy() for t in tensors))
 
 
 def _zeros(log_mu: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
