@@ -8,6 +8,8 @@ lgamma(x + theta) - lgamma(theta) cancels in float32, and for a large count so d
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from numbers import Real
 from typing import Literal, Self
 
 import torch
@@ -128,8 +130,12 @@ class CountObservation(Observation):
     """
 
     def __init__(self, log_scale: Tensor, library: Tensor) -> None:
-        self.log_scale = log_scale
-        self.log_mu = log_scale + library.log()
+        self.log_scale, self.library = log_scale, library
+
+    @cached_property
+    def log_mu(self) -> Tensor:
+        """Log of the mean of the (negative binomial) counts, (..., n, G)."""
+        return self.log_scale + self.library.log()
 
     @property
     def mean(self) -> Tensor:
@@ -138,7 +144,9 @@ class CountObservation(Observation):
 
     def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
         """Proportion of each gene times ``library_size`` (a number or (n, 1)), (..., n, G)."""
-        return self.log_scale.exp() * library_size
+        scale = self.log_scale.exp()
+        one = isinstance(library_size, Real) and library_size == 1
+        return scale if one else scale * library_size
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""

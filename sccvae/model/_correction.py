@@ -62,7 +62,7 @@ class CorrectionMixin:
             If a gene or batch is not known, the model cannot change the batch, or a number is not positive.
         """
         schema = self.schema
-        columns = np.arange(len(schema.var_names))
+        columns = None
         if gene_list is not None:
             columns = pd.Index(schema.var_names).get_indexer(list(gene_list))
             if (columns < 0).any():
@@ -83,7 +83,9 @@ class CorrectionMixin:
                 "its input."
             )
             raise ValueError(msg)
-        parts = []
+        rows = self._rows(adata, indices)
+        values = np.empty((len(rows), len(schema.var_names) if columns is None else len(columns)), dtype=np.float32)
+        done = 0
         with evaluating(seed):
             for batch in self._stream(adata, indices, batch_size):
                 q = self.module.inference(batch)["z"]
@@ -92,17 +94,21 @@ class CorrectionMixin:
                 else:
                     draws = [q.loc] if n_samples == 1 else [q.sample() for _ in range(n_samples)]
                 size = batch.library if library_size == "latent" else float(library_size)
-                total = 0
+                total = None
                 for code in codes:
                     target = batch if code is None else _in_batch(batch, code)
                     for z in draws:
-                        total = total + self.module.generative({"z": z}, target).expression(size)[:, columns]
-                parts.append((total / (len(codes) * len(draws))).cpu().numpy())
-        values = np.concatenate(parts)
+                        one = self.module.generative({"z": z}, target).expression(size)
+                        one = one if columns is None else one[:, columns]
+                        total = one if total is None else total + one
+                several = len(codes) * len(draws)
+                values[done : done + len(total)] = (total if several == 1 else total / several).cpu().numpy()
+                done += len(total)
         if return_numpy:
             return values
-        names = (self.adata if adata is None else adata).obs_names[self._rows(adata, indices)]
-        return pd.DataFrame(values, index=names, columns=schema.var_names[columns])
+        names = (self.adata if adata is None else adata).obs_names[rows]
+        genes = pd.Index(schema.var_names)
+        return pd.DataFrame(values, index=names, columns=genes if columns is None else genes[columns])
 
     def _target_codes(self, transform_batch: Any) -> list[int | None]:
         if transform_batch is None:
