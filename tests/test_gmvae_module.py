@@ -506,3 +506,20 @@ def test_only_the_classifier_is_started_anew():
     module.reset_classifier()
     changed = {k.split(".")[0] for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"y_body", "y_head"}
+
+
+@pytest.mark.parametrize(("n", "penalised"), [(2, 2), (3, 2), (4, 2), (9, 5)])
+def test_every_second_cell_is_penalised(n, penalised, monkeypatch):
+    """Of two both are: batch norm cannot work on one."""
+    seen = []
+
+    def penalty(log_q, x):
+        seen.append(len(x))
+        return virtual_adversarial_penalty(log_q, x)
+
+    monkeypatch.setattr("sccvae.module.gmvae.virtual_adversarial_penalty", penalty)
+    plate = GMVAE(G, 3, likelihood="normal").train()
+    loss, report = plate.loss(Batch.of(torch.randn(n, G)))
+    assert torch.isfinite(loss)
+    assert "consistency" in report
+    assert seen == [penalised]

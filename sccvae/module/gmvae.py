@@ -281,8 +281,9 @@ class GMVAE(EvidenceModule):
         """``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x (Miyato et al. 2018, eq. 6)."""
         if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
             return {}
-        # Every second cell: batches are shuffled, and the penalty needs three more passes of its cells.
-        x, c = self.likelihood.encoder_input(batch.x[::2]), self.c(batch)[::2]
+        # Every second cell: batches are shuffled, and the penalty needs three more passes. Batch norm needs two cells.
+        every = 2 if len(batch.x) > 2 else 1
+        x, c = self.likelihood.encoder_input(batch.x[::every]), self.c(batch)[::every]
 
         def log_q(v: Tensor) -> Tensor:
             return self.log_q_y(v, self.encoder(v, c).loc, c)
