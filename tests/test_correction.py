@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import zarr
 from _models import make, trained
 from _toys import totals, toy_counts
 
@@ -39,6 +41,35 @@ def test_transform_batch(name):
         decode(["a", "c"])
     with pytest.raises(ValueError, match="transform_batch"):
         decode([])
+
+
+@pytest.mark.parametrize("kind", ["memmap", "zarr", "h5py"])
+@pytest.mark.parametrize("options", [{}, {"gene_list": ["g3", "g0"], "indices": [5, 2, 30]}], ids=["all", "some"])
+def test_expression_goes_to_disk(kind, options, tmp_path):
+    model = trained("cvae-nb")
+    options = options | {"transform_batch": "a", "library_size": 1e4}
+    if "gene_list" in options:
+        options["gene_list"] = list(model.adata.var_names[[3, 0]])
+    wanted = model.get_normalized_expression(return_numpy=True, **options)
+    if kind == "memmap":
+        out = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, wanted.shape)
+    elif kind == "zarr":
+        out = zarr.create_array(tmp_path / "x.zarr", shape=wanted.shape, chunks=(20, 5), dtype="float32")
+    else:
+        out = h5py.File(tmp_path / "x.h5", "w").create_dataset("x", wanted.shape, "float32")
+    assert model.get_normalized_expression(out=out, batch_size=7, **options) is out
+    np.testing.assert_allclose(out[:], wanted, rtol=1e-5)
+
+
+def test_an_array_that_does_not_fit_is_refused():
+    model = trained("cvae-nb")
+    wanted = model.adata.shape
+    out = np.full((wanted[0], wanted[1] + 1), -1, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"out is \(.*\) of float32; it must be \(.*\) of float32"):
+        model.get_normalized_expression(out=out)
+    assert (out == -1).all()
+    with pytest.raises(ValueError, match="of int64; it must be"):
+        model.get_normalized_expression(out=np.empty(wanted, dtype=np.int64))
 
 
 @pytest.mark.parametrize("name", ["ae", "vae-nb", "cvae-learned"])

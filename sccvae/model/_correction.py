@@ -28,9 +28,10 @@ class CorrectionMixin:
         library_size: float | Literal["latent"] = 1,
         n_samples: int = 1,
         return_numpy: bool = False,
+        out: Any | None = None,
         batch_size: int | None = None,
         seed: int = 0,
-    ) -> pd.DataFrame | np.ndarray:
+    ) -> pd.DataFrame | np.ndarray | Any:
         """Expected expression of each cell, decoded from its latent coordinates.
 
         Parameters
@@ -51,15 +52,19 @@ class CorrectionMixin:
             1 decodes the mean of q(z|x); more average over that many draws.
         return_numpy
             An array instead of a data frame.
+        out
+            An array on disk to write into instead, (n, genes) floating: a zarr array, an h5py dataset or a
+            ``numpy.memmap``. A few thousand cells are in memory at a time, however many there are.
 
         Returns
         -------
-        (n, genes) float32, cells x genes; a data frame with names, or an array.
+        (n, genes) float32, cells x genes; a data frame with names, or an array; ``out``, if given.
 
         Raises
         ------
         ValueError
-            If a gene or batch is not known, the model cannot change the batch, or a number is not positive.
+            If a gene or batch is not known, the model cannot change the batch, a number is not positive, or ``out``
+            has another shape or no floating type. Nothing is written then.
         """
         schema = self.schema
         columns = None
@@ -84,7 +89,11 @@ class CorrectionMixin:
             )
             raise ValueError(msg)
         rows = self._rows(adata, indices)
-        values = np.empty((len(rows), len(schema.var_names) if columns is None else len(columns)), dtype=np.float32)
+        shape = (len(rows), len(schema.var_names) if columns is None else len(columns))
+        if out is not None and (tuple(out.shape) != shape or not np.issubdtype(out.dtype, np.floating)):
+            msg = f"out is {tuple(out.shape)} of {out.dtype}; it must be {shape} of float32 (or float64)."
+            raise ValueError(msg)
+        values = np.empty(shape, dtype=np.float32) if out is None else out
         done = 0
         with evaluating(seed):
             for batch in self._stream(adata, indices, batch_size):
@@ -104,7 +113,7 @@ class CorrectionMixin:
                 several = len(codes) * len(draws)
                 values[done : done + len(total)] = (total if several == 1 else total / several).cpu().numpy()
                 done += len(total)
-        if return_numpy:
+        if return_numpy or out is not None:
             return values
         names = (self.adata if adata is None else adata).obs_names[rows]
         genes = pd.Index(schema.var_names)
