@@ -237,12 +237,16 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         self.history_ = result.history
         self.is_trained = True
 
-    def _store(self, adata: AnnData | None) -> CellStore:
-        """The cells of ``adata`` (None: of the set-up), read and checked against the likelihood."""
+    def _given(self, adata: AnnData | None) -> AnnData:
+        """``adata``, or that of the set-up."""
         if adata is None and self.adata is None:
             msg = "This model was loaded without data; pass adata=."
             raise ValueError(msg)
-        cells = read_cells(self.adata if adata is None else adata, self.schema)
+        return self.adata if adata is None else adata
+
+    def _store(self, adata: AnnData | None) -> CellStore:
+        """The cells of ``adata`` (None: of the set-up), read and checked against the likelihood."""
+        cells = read_cells(self._given(adata), self.schema)
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
         check_support(cells, self.module.likelihood.support, where)
         if self.schema.size_factor_key is not None:
@@ -274,7 +278,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             self.module.conditions.standardise(torch.from_numpy(cells.covariates))
 
     def _rows(self, adata: AnnData | None, indices: Sequence[int] | None) -> np.ndarray:
-        n = (self.adata if adata is None else adata).n_obs
+        n = self._given(adata).n_obs
         if indices is None:
             return np.arange(n)
         rows = np.asarray(indices)

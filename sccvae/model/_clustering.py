@@ -58,7 +58,7 @@ class ClusteringMixin:
         A categorical series, indexed by cell; with ``soft`` a data frame (n, K) of float32, rows summing to 1.
         """
         q = self.predict_proba(adata, indices, batch_size=batch_size)
-        names = (self.adata if adata is None else adata).obs_names[self._rows(adata, indices)]
+        names = self._given(adata).obs_names[self._rows(adata, indices)]
         if soft:
             return pd.DataFrame(q, index=names, columns=self.component_names)
         codes = pd.Categorical.from_codes(q.argmax(1), categories=self.component_names)

@@ -115,7 +115,7 @@ class CorrectionMixin:
                 done += len(total)
         if return_numpy or out is not None:
             return values
-        names = (self.adata if adata is None else adata).obs_names[rows]
+        names = self._given(adata).obs_names[rows]
         genes = pd.Index(schema.var_names)
         return pd.DataFrame(values, index=names, columns=genes if columns is None else genes[columns])
 
