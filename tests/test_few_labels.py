@@ -80,9 +80,6 @@ def test_core_leaves_no_cluster_without_a_label():
     assert (found[labels == 2] == 2).all()
 
 
-# The best of several partitions
-
-
 # Which way
 
 
@@ -108,7 +105,7 @@ def test_classes_of_blobs_from_few(blobs, per_class):
 
 
 def test_few_labels_name_clusters_where_spreading_errs(monkeypatch):
-    """Two blobs, the labels of one all at its border to the other: what spreads from there crosses the border."""
+    """Where spreading finds nothing, the clusters are taken."""
     z, labels = make_blobs([300, 300], distance=4.0)
     graph = neighbor_graph(z)
     known = some_labels(labels, 5)

@@ -323,8 +323,8 @@ def test_the_rounds_of_the_guide_train_the_classifier_alone():
             seen[pl_module.module.stage].append({k: v.clone() for k, v in pl_module.module.named_parameters()})
 
     model = make(make_cells(6), train=False, n_components=3)
-    model.train(max_epochs=2, callbacks=[Watch()], **FAST)
-    assert len(seen["warmup"]) == 2
+    model.train(max_epochs=3, callbacks=[Watch()], **FAST)  # one round of three epochs, or two
+    assert len(seen["warmup"]) == 3
     last = seen["warmup"][-1]
     for weights in seen["classifier"]:
         moved = {name for name, value in weights.items() if not torch.equal(value, last[name])}
@@ -332,7 +332,7 @@ def test_the_rounds_of_the_guide_train_the_classifier_alone():
         assert moved
     assert all(p.requires_grad for p in model.module.parameters())
     phase = model.history["phase"]["phase"]
-    assert (phase == 1).sum() == len(seen["classifier"]) >= 1
+    assert (phase == 1).sum() == len(seen["classifier"]) > 2
     assert set(phase) >= {0, 1, 2, 3}
 
 

@@ -146,6 +146,9 @@ def test_by_size_of_many_cells_leaves_out_a_small_share():
     assert by_size(np.repeat([0, 1], [9970, 30])).n_clusters == 2
 
 
+# The best of several partitions
+
+
 def test_the_first_graph_decides_unless_another_is_clearly_better(blobs):
     z, labels = make_blobs()
     noise = neighbor_graph(np.random.default_rng(1).normal(size=z.shape))

@@ -146,6 +146,7 @@ def nb_seen(x, log_mu, log_theta, theta, d_mu, d_theta):
 
 @compiled()
 def seen(x, log_mu, log_theta, theta, d_mu, d_theta, total):
+    """Add the log mass of counts that are not zero, in nats, to ``total`` and replace the derivatives there."""
     for i in range(len(log_mu)):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
@@ -154,6 +155,7 @@ def seen(x, log_mu, log_theta, theta, d_mu, d_theta, total):
 
 @compiled()
 def nb(x, log_mu, log_theta, theta, theta32, d_mu, d_theta, total):
+    """Log mass of NB counts in nats and its derivatives by log mu and log theta; all float32 but ``theta``."""
     for i in range(len(log_mu)):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
@@ -163,6 +165,7 @@ def nb(x, log_mu, log_theta, theta, theta32, d_mu, d_theta, total):
 
 @compiled()
 def zinb(x, log_mu, log_theta, theta, theta32, logits, d_mu, d_theta, d_logits, total):
+    """As ``nb``, zero-inflated; with the derivatives by the logits."""
     for i in range(len(log_mu)):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
