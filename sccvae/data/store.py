@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor
+from torch import Tensor, distributed
 
 from sccvae.data.read import Cells
 
@@ -53,8 +54,9 @@ class CellStore:
 class ChunkLoader:
     """Iterate over chunks, each a list of mini-batches (dictionaries of tensors).
 
-    Every cell comes once. Mini-batches differ by at most one cell in size and never exceed ``batch_size``, so there is
-    no last mini-batch of a single cell (batch norm cannot work on one) unless there is a single cell.
+    Every cell comes once; with several processes once in one of them, and all have the same number of mini-batches.
+    Mini-batches differ by at most one cell in size and never exceed ``batch_size``, so there is no last mini-batch of a
+    single cell (batch norm cannot work on one) unless there is a single cell.
 
     Parameters
     ----------
@@ -68,16 +70,26 @@ class ChunkLoader:
         A new full permutation in each epoch, drawn from (seed, epoch): a resumed run sees the same order.
     seed
         Of the permutations.
+    n_processes
+        Processes of ``torch.distributed`` that share the rows; each takes every so-many-th.
     """
 
     def __init__(
-        self, store: CellStore, rows: np.ndarray, batch_size: int, *, shuffle: bool = False, seed: int = 0
+        self,
+        store: CellStore,
+        rows: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        n_processes: int = 1,
     ) -> None:
         if batch_size < 1:
             msg = f"batch_size={batch_size} must be at least 1."
             raise ValueError(msg)
         self.store, self.rows, self.shuffle, self.seed = store, np.asarray(rows), shuffle, seed
-        self.n_batches = -(-len(self.rows) // batch_size)
+        self.n_processes = n_processes
+        self.n_batches = math.ceil(math.ceil(len(self.rows) / n_processes) / batch_size)
         self.per_chunk = max(1, CHUNK_VALUES // (store.n_features * batch_size))
         self.epoch = 0
 
@@ -90,6 +102,8 @@ class ChunkLoader:
         if self.shuffle:
             rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
         self.epoch += 1
+        if self.n_processes > 1:
+            rows = rows[distributed.get_rank() :: self.n_processes]
         batches = np.array_split(rows, max(1, self.n_batches))
         for start in range(0, self.n_batches, self.per_chunk):
             part = batches[start : start + self.per_chunk]

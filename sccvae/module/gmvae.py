@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,12 @@ class GMVAE(EvidenceModule):
         If an option is not known or a number is out of range.
     """
 
+    #: What begins the names of the weights that a stage learns.
+    LEARNED: ClassVar = {
+        "warmup": ("encoder", "decoder", "likelihood"),
+        "classifier": ("y_",),
+        "mixture": ("",),
+    }
     #: Smallest standard deviation of a component: none can shrink onto a single cell.
     MIN_SCALE = 0.05
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ class IDEC(GenerativeModule):
     """
 
     factors = Factorization(p="p(x|z)", q="delta(z|x)")
+    #: What begins the names of the weights that a stage learns.
+    LEARNED: ClassVar = {
+        "pretraining": ("encoder", "latent", "decoder", "likelihood"),
+        "clustering": ("",),
+    }
 
     def __init__(
         self,

@@ -62,6 +62,8 @@ class BestWeights(Callback):
 class CellsBar(Callback):
     """One progress bar for the whole training, in cells: epoch, loss, and cells per second.
 
+    Of several processes the first shows it, with the cells of all.
+
     Parameters
     ----------
     n_cells
@@ -79,7 +81,10 @@ class CellsBar(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar; a resumed training starts where it was."""
         self.bar = progress(
-            total=self.n_cells * self.max_epochs, initial=self.n_cells * len(pl_module.rows), unit=" cells"
+            total=self.n_cells * self.max_epochs,
+            initial=self.n_cells * len(pl_module.rows),
+            unit=" cells",
+            disable=not trainer.is_global_zero,
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
@@ -90,7 +95,7 @@ class CellsBar(Callback):
         if pl_module.rows:
             shown = {part: pl_module.rows[-1].get(f"elbo_{part}") for part in ("train", "validation")}
             self.bar.set_postfix({k: f"{v:.1f}" for k, v in shown.items() if v is not None}, refresh=False)
-        self.bar.update(sum(len(b["x"]) for b in batch))
+        self.bar.update(trainer.world_size * sum(len(b["x"]) for b in batch))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""

@@ -12,7 +12,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from sccvae.train.callbacks import BestWeights
 from sccvae.train.plan import TrainingPlan
@@ -41,11 +40,18 @@ class ResumableTraining(Checkpoint):
         self.settings, self.best = settings, best
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the finished epoch."""
-        self.write(pl_module, pl_module.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=False)
+        """Write the finished epoch; of several processes the first does."""
+        if trainer.is_global_zero:
+            self.write(pl_module, finished=False)
 
-    def write(self, plan: TrainingPlan, optimizer_state: dict[int, dict[str, Tensor]], *, finished: bool) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the training has ended by itself."""
+        if trainer.is_global_zero:
+            self.write(pl_module, finished=True)
+
+    def write(self, plan: TrainingPlan, *, finished: bool) -> None:
         """Write everything to a temporary file, then put it in the place of the last one."""
+        optimizer_state = plan.optimizers(use_pl_optimizer=False).state_dict()["state"]
         tensors = {f"weights/{k}": v for k, v in plan.module.state_dict().items()}
         tensors |= {f"optimizer/{i}/{k}": v for i, state in optimizer_state.items() for k, v in state.items()}
         tensors["rng"] = torch.random.get_rng_state()

@@ -18,7 +18,7 @@ from sccvae.module.idec import IDEC
 from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import MAX_CELLS, Communities, Guide, best_partition, neighbor_graph
 from sccvae.train.passes import over_cells, some_rows
-from sccvae.train.phases import Phases
+from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -94,11 +94,8 @@ def fit_deep_clustering(
     epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
     options |= {"batch_size": batch_size, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
-    module.stage = "pretraining"
-    try:
+    with at_stage(module, "pretraining"):
         result = phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
-    finally:
-        module.stage = "clustering"
     if result.interrupted:
         return result
     rows = some_rows(train_rows, MAX_CELLS, seed)

@@ -6,9 +6,10 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ def fit(
     patience
         None for 10 epochs or 400 optimiser steps, whichever is longer. Epochs of the KL warm-up do not count.
     accelerator, devices
-        As for ``lightning.Trainer``.
+        As for ``lightning.Trainer``. With several devices (``strategy="ddp"``) each process takes its share of every
+        epoch, ``batch_size`` is that of one process, and gradients are averaged.
     checkpoint_dir
         Folder for the state of the training after every epoch; a later call with the same settings goes on from there.
     seed
@@ -125,9 +127,18 @@ def fit(
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
         raise ValueError(msg)
-    train_loader = ChunkLoader(store, train_rows, batch_size, shuffle=True, seed=seed)
+    n_processes = _processes(accelerator, devices, **trainer_options)
+    if len(train_rows) < 2 * n_processes or 0 < len(validation_rows) < n_processes:
+        msg = (
+            f"{n_processes} processes cannot share {len(train_rows)} training and {len(validation_rows)} validation "
+            "cells: each needs two and one; use fewer devices."
+        )
+        raise ValueError(msg)
+    train_loader = ChunkLoader(store, train_rows, batch_size, shuffle=True, seed=seed, n_processes=n_processes)
     steps = train_loader.n_batches
-    if len(train_rows) < 2 * steps and any(isinstance(m, torch.nn.BatchNorm1d) for m in module.modules()):
+    if len(train_rows) // n_processes < 2 * steps and any(
+        isinstance(m, torch.nn.BatchNorm1d) for m in module.modules()
+    ):
         msg = (
             f"batch_size={batch_size} leaves mini-batches of a single cell, on which batch norm cannot work; use a "
             "batch_size of at least 3, or norm='layer'."
@@ -147,9 +158,13 @@ def fit(
     used = [*callbacks, *filter(None, [best])]
     if progress_bar:
         used.append(CellsBar(len(train_rows), max_epochs, description))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _quiet_lightning():
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.enter_context(_quiet_lightning())
         torch.manual_seed(seed)
         checkpoint = None
+        if n_processes > 1 and checkpoint_dir is None:  # by this file forked processes give their weights back
+            checkpoint_dir = stack.enter_context(TemporaryDirectory(prefix="sccvae-"))
         if checkpoint_dir is not None:
             settings = {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
             settings |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
@@ -178,13 +193,12 @@ def fit(
                     num_sanity_val_steps=0,
                     **defaults | trainer_options,
                 )
-                if trainer.world_size > 1:
-                    msg = f"devices={devices!r}: sccvae trains on one device at a time so far; pass devices=1."
-                    raise NotImplementedError(msg)
                 module.train()
-                trainer.fit(plan, train_loader, ChunkLoader(store, validation_rows, batch_size))
-                if checkpoint is not None:
-                    checkpoint.write(plan, plan.optimizers(use_pl_optimizer=False).state_dict()["state"], finished=True)
+                done = len(plan.rows)
+                validation = ChunkLoader(store, validation_rows, batch_size, n_processes=n_processes)
+                trainer.fit(plan, train_loader, validation)
+                if len(plan.rows) == done:  # others have trained, forked from this process
+                    checkpoint.resume(plan)
         except SystemExit as stop:  # Lightning answers Ctrl-C, wherever it strikes, by ending the Python session
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
@@ -202,6 +216,15 @@ def fit(
     table = pd.DataFrame(plan.rows)
     table.index.name = "epoch"
     return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer)
+
+
+def _processes(accelerator: str, devices: int | str | list[int], **options: Any) -> int:
+    """How many processes Lightning would train with."""
+    if devices == 1 and options.get("num_nodes", 1) == 1:
+        return 1
+    named = {name: options[name] for name in ("strategy", "num_nodes", "plugins") if name in options}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator=accelerator, devices=devices, **named, **quiet).world_size
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from sccvae.train.guide import (
     principal_components,
 )
 from sccvae.train.passes import over_cells, some_rows
-from sccvae.train.phases import Phases
+from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -137,11 +137,8 @@ def fit_mixture(
             return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, **more)
         return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, monitor, again, **more)
 
-    module.stage = "warmup"
-    try:
+    with at_stage(module, "warmup"):
         last = phase("warm-up", warm, None)
-    finally:
-        module.stage = "mixture"
     if last.interrupted:
         return MixtureResult(last, None)
     rows = some_rows(train_rows, MAX_CELLS, seed)
@@ -164,13 +161,8 @@ def fit_mixture(
         labels = _on_cells(found, rows, known)
         with _drawn_with(seed):
             module.reset_classifier()
-        module.stage = "classifier"
-        _train_classifier_alone(module, True)
-        try:
+        with at_stage(module, "classifier"):
             last = phase("guide", max(least, min(ROUND * warm, ROUND_EPOCHS)), labels, **guided)
-        finally:
-            module.stage = "mixture"
-            _train_classifier_alone(module, False)
         if last.interrupted:
             return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
@@ -215,12 +207,6 @@ def _drawn_with(seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _train_classifier_alone(module: GMVAE, only: bool) -> None:
-    """Train the weights of q(y|.) alone, or all."""
-    for name, weight in module.named_parameters():
-        weight.requires_grad_(not only or name.startswith("y_"))
 
 
 def _more_often(train_rows: np.ndarray, known: np.ndarray) -> np.ndarray:

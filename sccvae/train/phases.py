@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,26 @@ class Phases:
         self.frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(number)))
         table = pd.concat(self.frames, ignore_index=True).rename_axis(index="epoch")
         return TrainingResult({column: table[[column]] for column in table}, found.interrupted, found.trainer)
+
+
+@contextmanager
+def at_stage(module: GenerativeModule, stage: str) -> Iterator[None]:
+    """Inside, the module is at this stage, and only what it learns there (``LEARNED``) has gradients.
+
+    Several processes wait for the gradients of all weights that want one.
+
+    Parameters
+    ----------
+    module
+        A model with stages.
+    stage
+        One of them.
+    """
+    before, module.stage = module.stage, stage
+    try:
+        for name, weight in module.named_parameters():
+            weight.requires_grad_(name.startswith(module.LEARNED[stage]))
+        yield
+    finally:
+        module.stage = before
+        module.requires_grad_(True)

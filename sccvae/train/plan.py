@@ -66,17 +66,21 @@ class TrainingPlan(LightningModule):
 
     def training_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """One optimiser step for each mini-batch of the chunk."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer = self.optimizers()
         for tensors in chunk:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * self.schedule.lr(self.n_steps)
             batch = Batch(**tensors)
             objective, report = self.module.loss(batch, kl_weight=self.schedule.kl(self.n_steps))
             optimizer.zero_grad(set_to_none=True)
-            objective.backward()
+            self.manual_backward(objective)
             optimizer.step()
             self.n_steps += 1
             self._add("train", report, len(batch.x))
+        if self.trainer.world_size > 1:  # running means of batch norm: each process has seen other cells
+            for buffer in self.module.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
         if not torch.isfinite(report["loss"]):
             bad = [name for name, value in report.items() if not torch.isfinite(value)]
             msg = (
@@ -94,17 +98,22 @@ class TrainingPlan(LightningModule):
             _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
             self._add("validation", report, len(batch.x))
 
+    def on_train_start(self) -> None:
+        """Several processes draw different noise."""
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + len(self.rows) + 1_000_003 * (1 + self.trainer.global_rank))
+
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation cells; the weights are those at the end of the epoch."""
         self._validation = self._means("validation")
-        self.log_dict(self._validation)
+        self.log_dict(self._validation, sync_dist=self.trainer.world_size > 1)
 
     def on_train_epoch_end(self) -> None:
         """Log the means over the training cells of this epoch, and keep the epoch's row."""
         last = max(0, self.n_steps - 1)
         rates = {"kl_weight": self.schedule.kl(last), "lr": self.lr * self.schedule.lr(last)}
         means = self._means("train") | rates
-        self.log_dict(means)
+        self.log_dict(means, sync_dist=self.trainer.world_size > 1)
         self.rows.append(means | self._validation)
 
     def _add(self, part: str, report: dict[str, Tensor], n: int) -> None:
@@ -113,7 +122,11 @@ class TrainingPlan(LightningModule):
         self._counts[part] += n
 
     def _means(self, part: str) -> dict[str, float]:
-        means = {f"{name}_{part}": float(total / self._counts[part]) for name, total in self._sums[part].items()}
+        values = torch.stack([*self._sums[part].values(), torch.tensor(float(self._counts[part]), device=self.device)])
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="sum")
+        totals = (values[:-1] / values[-1]).tolist()
+        means = {f"{name}_{part}": mean for name, mean in zip(self._sums[part], totals, strict=True)}
         self._sums[part].clear()
         self._counts[part] = 0
         return means
