@@ -325,3 +325,21 @@ def test_weights_of_the_warm_up_are_no_candidates():
         best.on_validation_end(trainer, SimpleNamespace(n_steps=n_steps, module=module))
         assert (best.weights is None) if kept is None else float(best.weights["weight"]) == kept
     assert best.best == 2.0
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_bfloat16_where_it_is_asked_for(likelihood):
+    """Products in half the bits, weights and likelihood in all: nearly the same loss."""
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        module = a_vae(likelihood=likelihood)
+        result = train(module, max_epochs=6, precision=precision)
+        losses.append(float(result.history["elbo_validation"].iloc[-1, 0]))
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_lightning_counts_the_optimiser_steps():
+    result = train(a_vae())
+    assert result.trainer.global_step == 4 * math.ceil(len(TRAIN) / 8)

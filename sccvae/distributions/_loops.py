@@ -112,64 +112,108 @@ def digamma(v):
     return below + math.log(v) - 0.5 / v - tail
 
 
+@compiled(inline="always", **FAST)
+def exp_minus_double(v):
+    """exp(-v) for float64 v >= 0, down to exp(-700), to eleven digits; a form of which vectors can be made."""
+    v = -min(v, 700.0)
+    n = np.floor(v * 1.4426950408889634 + 0.5)
+    r = v - n * 0.693145751953125 - n * 1.42860682030941723212e-6
+    p = 1 / 3628800
+    for k in (362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0):
+        p = p * r + 1 / k
+    power = np.int64((np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)  # 2 ** n
+    return p * power
+
+
+@compiled(inline="always", **FAST)
+def log1p_unit_double(e):
+    """log(1 + e) for float64 e in [0, 1], to eleven digits: as ``log1p_unit``, by a longer series."""
+    u = e / (2.0 + e)
+    s = u * u
+    p = 1 / 23
+    for k in (21.0, 19.0, 17.0, 15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0):
+        p = p * s + 1 / k
+    return 2.0 * u * p
+
+
 @compiled()
-def nb_seen(x, log_mu, log_theta, theta, d_mu, d_theta):
-    """Replace the derivatives of one cell where x > 0; the log mass, summed there. All (G,)."""
-    total = 0.0
+def not_zero(x, at):
+    """Columns of the counts of one cell that are not zero, in the first places of ``at``; how many."""
+    n = 0
     for j in range(len(x)):
+        at[n] = j
+        n += x[j] > 0
+    return n
+
+
+@compiled(**FAST)
+def ratios(n, at, log_mu, log_theta, ratio, plus):
+    """The ratio mu / theta and log(1 + mu / theta) at the first ``n`` columns ``at``, in float64."""
+    for k in range(n):
+        a = np.float64(log_mu[at[k]]) - np.float64(log_theta[at[k]])
+        e = exp_minus_double(abs(a))
+        ratio[k] = e if a < 0 else 1.0 / e
+        plus[k] = log1p_unit_double(e) + (0.0 if a <= 0 else a)
+
+
+@compiled()
+def nb_seen(x, log_mu, log_theta, theta, d_mu, d_theta, at, ratio, plus):
+    """Replace the derivatives of one cell where x > 0; the log mass, summed there. All (G,), the last three as room."""
+    total = 0.0
+    n = not_zero(x, at)
+    ratios(n, at, log_mu, log_theta, ratio, plus)
+    for m in range(n):
+        j = at[m]
         count = np.float64(x[j])
-        if not count > 0.0:
-            continue
         t, u = theta[j], np.float64(log_theta[j])
         a = np.float64(log_mu[j]) - u
-        e = math.exp(-abs(a))
-        ratio = e if a < 0 else 1.0 / e  # mu / theta
-        plus = math.log1p(e) + max(a, 0.0)  # log(1 + mu / theta)
-        if count <= SMALL and count == math.floor(count):
+        if count == 1.0:
+            ways, gap = u, 1.0 / t
+        elif count <= SMALL and count == math.floor(count):
             ways, gap = 1.0, 0.0
             for k in range(int(count)):
                 ways *= (t + k) / (k + 1.0)
                 gap += 1.0 / (t + k)
-            ways = math.log(ways) if count > 1.0 else u
+            ways = math.log(ways)
         else:
             ways = math.lgamma(count + t) - math.lgamma(t) - math.lgamma(count + 1.0)
             gap = digamma(count + t) - digamma(t)
-        total += ways - t * plus - count * (plus - a)
-        slope = (count - t * ratio) / (1.0 + ratio)  # theta (x - mu) / (theta + mu)
+        total += ways - t * plus[m] - count * (plus[m] - a)
+        slope = (count - t * ratio[m]) / (1.0 + ratio[m])  # theta (x - mu) / (theta + mu)
         d_mu[j] = slope
-        d_theta[j] = t * (gap - plus) - slope
+        d_theta[j] = t * (gap - plus[m]) - slope
     return total
 
 
 # Over cells: x (m, G); log_mu, d_* (n, G); log_theta, theta (m, G) or (1, G); total (n,); n is a multiple of m.
+# Loops of their own, as the compiler makes vectors of each by itself, but not of all in one.
 
 
 @compiled()
 def seen(x, log_mu, log_theta, theta, d_mu, d_theta, total):
     """Add the log mass of counts that are not zero, in nats, to ``total`` and replace the derivatives there."""
+    at, ratio, plus = np.empty(x.shape[1], np.int64), np.empty(x.shape[1]), np.empty(x.shape[1])
     for i in range(len(log_mu)):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
-        total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])
+        total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i], at, ratio, plus)
 
 
 @compiled()
-def nb(x, log_mu, log_theta, theta, theta32, d_mu, d_theta, total):
-    """Log mass of NB counts in nats and its derivatives by log mu and log theta; all float32 but ``theta``."""
+def nb(x, log_mu, log_theta, theta, d_mu, d_theta, total):
+    """Log mass of zero counts in nats, and the derivatives by log mu and log theta; all float32."""
     for i in range(len(log_mu)):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
-        total[i] = nb_zeros(x[row], log_mu[i], log_theta[own], theta32[own], d_mu[i], d_theta[i])
-        total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])
+        total[i] = nb_zeros(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])
 
 
 @compiled()
-def zinb(x, log_mu, log_theta, theta, theta32, logits, d_mu, d_theta, d_logits, total):
+def zinb(x, log_mu, log_theta, theta, logits, d_mu, d_theta, d_logits, total):
     """As ``nb``, zero-inflated; with the derivatives by the logits."""
     for i in range(len(log_mu)):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
         total[i] = zinb_zeros(
-            x[row], log_mu[i], log_theta[own], theta32[own], logits[i], d_mu[i], d_theta[i], d_logits[i]
+            x[row], log_mu[i], log_theta[own], theta[own], logits[i], d_mu[i], d_theta[i], d_logits[i]
         )
-        total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])

@@ -130,7 +130,7 @@ class CountObservation(Observation):
     """
 
     def __init__(self, log_scale: Tensor, library: Tensor) -> None:
-        self.log_scale, self.library = log_scale, library
+        self.log_scale, self.library = log_scale.to(library.dtype), library  # less precise under autocast
 
     @cached_property
     def log_mu(self) -> Tensor:
@@ -185,7 +185,7 @@ class ZINBObservation(NBObservation):
 
     def __init__(self, log_scale: Tensor, library: Tensor, log_theta: Tensor, logits: Tensor) -> None:
         super().__init__(log_scale, library, log_theta)
-        self.logits = logits
+        self.logits = logits.to(library.dtype)
 
     @property
     def mean(self) -> Tensor:

@@ -76,11 +76,11 @@ class _NB(torch.autograd.Function):
         theta = flat[2].double().exp()
         if x.dtype == torch.float32:
             d_mu, d_theta, total = torch.empty_like(flat[1]), torch.empty_like(flat[1]), log_mu.new_empty(len(flat[1]))
-            _run("nb", *flat, theta, theta.float(), d_mu, d_theta, total)
+            _run("nb", *flat, theta.float(), d_mu, d_theta, total)
         else:
             zero, d_mu, d_theta = _zeros(*flat[1:])
             total = zero.masked_fill_(_seen(flat[0], zero), 0.0).sum(-1)
-            _run("seen", *flat, theta, d_mu, d_theta, total)
+        _run("seen", *flat, theta, d_mu, d_theta, total)
         ctx.save_for_backward(d_mu, d_theta)
         ctx.shapes = log_mu.shape, log_theta.shape
         return total.reshape(log_mu.shape[:-1])
@@ -106,7 +106,7 @@ class _ZINB(torch.autograd.Function):
         if x.dtype == torch.float32:
             d_mu, d_theta, d_logits = (torch.empty_like(flat[1]) for _ in range(3))
             total = log_mu.new_empty(len(d_mu))
-            _run("zinb", *flat, theta, theta.float(), logits_flat, d_mu, d_theta, d_logits, total)
+            _run("zinb", *flat, theta.float(), logits_flat, d_mu, d_theta, d_logits, total)
         else:
             nb_zero, d_mu, d_theta = _zeros(*flat[1:])
             expressed = logsigmoid(-logits_flat)
@@ -114,8 +114,9 @@ class _ZINB(torch.autograd.Function):
             from_nb = (expressed + nb_zero - zero).exp_()  # P(a zero is no structural one)
             seen = _seen(flat[0], zero)
             total = torch.where(seen, expressed, zero).sum(-1)
-            _run("seen", *flat, theta, d_mu.mul_(from_nb), d_theta.mul_(from_nb), total)
+            d_mu, d_theta = d_mu.mul_(from_nb), d_theta.mul_(from_nb)
             d_logits = torch.where(seen, 0.0, 1 - from_nb) - torch.sigmoid(logits_flat)
+        _run("seen", *flat, theta, d_mu, d_theta, total)
         ctx.save_for_backward(d_mu, d_theta, d_logits)
         ctx.shapes = log_mu.shape, log_theta.shape, logits.shape
         return total.reshape(log_mu.shape[:-1])
