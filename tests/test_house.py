@@ -26,7 +26,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "distributions": (set(), {"numba", "numpy", "torch"}),
     "nn": (set(), {"numpy", "torch"}),
     "module": ({"distributions", "nn"}, {"numpy", "torch"}),
-    "data": (set(), {"anndata", "numpy", "pandas", "rich", "scipy", "scvi", "torch"}),
+    "data": (
+        set(),
+        {"anndata", "numpy", "pandas", "psutil", "rich", "scdataset", "scipy", "scvi", "torch", "tqdm"},
+    ),
     "datasets": (set(), {"anndata", "numpy", "pandas", "pooch", "scanpy", "scipy", "sklearn", "tqdm"}),
     "train": (
         {"data", "distributions", "module", "nn"},
@@ -168,7 +171,7 @@ def test_imported_packages_are_declared():
         return {re.match(r"[\w.-]+", r)[0].lower() for r in requirements}
 
     required = names(project["dependencies"])
-    optional = names(project["optional-dependencies"]["bench"])
+    optional = names(project["optional-dependencies"]["bench"] + project["optional-dependencies"]["ondisk"])
     for file in FILES:
         for name, line, late in imports_of(file):
             top = name.split(".")[0]

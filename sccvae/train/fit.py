@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from lightning import Callback, Trainer
 
-from sccvae.data import CellStore, ChunkLoader
+from sccvae.data import CellStore, ChunkLoader, shuffled_loader
 from sccvae.module import GenerativeModule
 from sccvae.train.callbacks import BestWeights, CellsBar
 from sccvae.train.checkpoint import ResumableTraining
@@ -125,7 +125,7 @@ def fit(
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
         raise ValueError(msg)
-    train_loader = ChunkLoader(store, train_rows, batch_size, shuffle=True, seed=seed)
+    train_loader = shuffled_loader(store, train_rows, batch_size, seed)
     steps = train_loader.n_batches
     if len(train_rows) < 2 * steps and any(isinstance(m, torch.nn.BatchNorm1d) for m in module.modules()):
         msg = (
