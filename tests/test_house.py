@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "module": ({"distributions", "nn"}, {"numpy", "torch"}),
     "data": (
         set(),
-        {"anndata", "numpy", "pandas", "psutil", "rich", "scdataset", "scipy", "scvi", "torch", "tqdm"},
+        {"anndata", "h5py", "numpy", "pandas", "psutil", "rich", "scdataset", "scipy", "scvi", "torch", "tqdm", "zarr"},
     ),
     "datasets": (set(), {"anndata", "numpy", "pandas", "pooch", "scanpy", "scipy", "sklearn", "tqdm"}),
     "train": (
@@ -41,7 +41,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "metrics": (set(), {"numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
     "pl": (set(), {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
-    "tl": ({"metrics", "model"}, {"anndata", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm"}),
+    "tl": (
+        {"data", "metrics", "model"},
+        {"anndata", "h5py", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm", "zarr"},
+    ),
     "cli": (
         {"_cli_parsers", "_demo", "datasets", "metrics", "model", "pl", "tl"},
         {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, count
 
 import numpy as np
 from torch import Tensor
@@ -54,8 +55,9 @@ class BlockLoader(ChunkLoader):
             )
             raise ImportError(msg) from error
         super().__init__(store, np.sort(rows), batch_size, shuffle=True, seed=seed)
-        sizes = [*range(self.per_chunk, 0, -1), self.per_chunk + 1]
-        self.per_chunk = next((p for p in sizes if len(self.rows) % (p * batch_size) != 1), self.per_chunk)
+        n = len(self.rows)
+        sizes = chain(range(self.per_chunk, 0, -1), count(self.per_chunk + 1))
+        self.per_chunk = next(p for p in sizes if n % (p * batch_size) != 1 or n == 1)
         self.chunk = self.per_chunk * batch_size
         x = store.cells.x
         self.chunks_in_buffer = max(1, int(BUFFER_BYTES / x.row_bytes) // self.chunk)
