@@ -75,7 +75,8 @@ def simulated(n: int, like: str, folder: Path) -> Path:
             else:
                 ad.io.write_elem(f, "X", block)
             drawn.append(types[some])
-        obs = pd.DataFrame({"type": np.concatenate(drawn).astype(str)}, index=[f"c{i}" for i in range(n)])
+        names = pd.Categorical(np.concatenate(drawn).astype(str))
+        obs = pd.DataFrame({"type": names}, index=[f"c{i}" for i in range(n)])
         ad.io.write_elem(f, "obs", obs)
         ad.io.write_elem(f, "var", pd.DataFrame(index=[str(i) for i in range(N_GENES)]))
     unfinished.rename(file)

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"anndata", "h5py", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm", "zarr"},
     ),
     "cli": (
-        {"_cli_parsers", "_demo", "datasets", "metrics", "model", "pl", "tl"},
+        {"_cli_parsers", "_demo", "data", "datasets", "metrics", "model", "pl", "tl"},
         {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},
     ),
     "_cli_parsers": (set(), set()),

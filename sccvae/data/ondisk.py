@@ -171,7 +171,12 @@ def memory_needed(x: Any) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still take: what the machine has left, and its control group (Linux)."""
+    """Memory that this process may still take: what is left of the machine's, and of its control group's (Linux).
+
+    Returns
+    -------
+    Bytes.
+    """
     free = psutil.virtual_memory().available
     try:  # a container or a job of a cluster
         group = Path("/proc/self/cgroup").read_text().split("::", 1)[1].splitlines()[0]
@@ -185,7 +190,17 @@ def free_memory() -> int:
 
 
 def gigabytes(size: float) -> str:
-    """A number of bytes for a message."""
+    """A number of bytes for a message.
+
+    Parameters
+    ----------
+    size
+        Bytes.
+
+    Returns
+    -------
+    Such as ``"1.25 GB"``.
+    """
     return f"{size / 1e9:,.2f} GB"
 
 
