@@ -21,6 +21,7 @@ from sccvae.data import (
     CellStore,
     DiskMatrix,
     Schema,
+    free_memory,
     open_anndata,
     read_cells,
     shuffled_loader,
@@ -158,6 +159,18 @@ def test_the_path_is_chosen_by_the_free_memory_and_logged(tmp_path, caplog, monk
     assert sparse.issparse(read_cells(adata, schema_of(adata), "disk").x)  # what is in memory stays there
     with pytest.raises(ValueError, match="data='tape' must be"):
         read_cells(adata, schema_of(adata), "tape")
+
+
+def test_the_limit_of_a_job_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("sccvae.data.ondisk.CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr("sccvae.data.ondisk.OWN_GROUP", tmp_path / "own")
+    assert free_memory() > 10_000  # no control groups
+    (tmp_path / "own").write_text("0::/job/task\n")
+    (tmp_path / "job" / "task").mkdir(parents=True)
+    for group, most in [("job/task", "max"), ("job", "9000")]:
+        for name, value in [("max", most), ("current", "5000"), ("stat", "anon 1\ninactive_file 300\n")]:
+            (tmp_path / group / f"memory.{name}").write_text(value)
+    assert free_memory() == 9000 - 5000 + 300
 
 
 # Training
@@ -363,6 +376,15 @@ def test_a_failure_leaves_nothing_half_written(suffix, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
     assert set(adata.obsm) == set(before.obsm)
     assert set(adata.uns) == set(before.uns)
+
+
+def test_correct_trains_from_a_file(tmp_path):
+    adata = toy_counts()
+    options = {"batch_key": "batch", "n_latent": 2, "train_options": FAST | {"data": "disk"}}
+    other = on_disk(adata, "zarr", tmp_path)
+    tl.correct(other, **options, out=tmp_path / "corrected.h5ad")
+    assert isinstance(other.X, ad.abc.CSRDataset)
+    assert ad.read_h5ad(tmp_path / "corrected.h5ad").layers["corrected"].shape == (N, G)
 
 
 def test_room_and_place_are_checked_before_any_training(tmp_path, monkeypatch):

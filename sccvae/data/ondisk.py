@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 SHARE = 0.5
 #: Bytes between wanted rows that are read along with them: about what one more access to a file costs.
 GAP_BYTES = 2**16
+#: Where Linux tells what the group of a process may take.
+CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class DiskMatrix:
@@ -178,15 +180,18 @@ def free_memory() -> int:
     Bytes.
     """
     free = psutil.virtual_memory().available
-    try:  # a container or a job of a cluster
-        group = Path("/proc/self/cgroup").read_text().split("::", 1)[1].splitlines()[0]
-        folder = Path("/sys/fs/cgroup") / group.strip("/")
-        most = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
-    except (OSError, ValueError, IndexError, KeyError):  # no such group, or no limit ("max")
+    try:
+        own = CONTROL_GROUPS / OWN_GROUP.read_text().split("::", 1)[1].splitlines()[0].strip("/")
+    except (OSError, IndexError):  # not Linux, or control groups of the old kind
         return free
-    return min(free, max(0, most - used + int(cached)))
+    for group in (own, *own.parents):
+        try:  # a container, a job of a cluster
+            most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        except (OSError, ValueError, KeyError):  # no such group, or one without a limit ("max")
+            continue
+        free = min(free, max(0, most - used + int(cached)))
+    return free
 
 
 def gigabytes(size: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         with seeded(seed):
             self.module = self._make_module()
         self.reference: dict[str, Any] = {}
-        self._looked_at: tuple[Callable[[], AnnData | None], DiskMatrix | None] = (lambda: None), None
+        self._looked_at: tuple[weakref.ref[AnnData], DiskMatrix] | None = None
         if adata is not None:
             self._start_at_data(self._store(adata))
         self.module.eval()
@@ -255,8 +255,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
     def _store(self, adata: AnnData | None, data: str = "disk") -> CellStore:
         """The cells of ``adata`` (None: of the set-up), checked against the likelihood; read now unless from disk."""
         adata = self._given(adata)
-        of, known = self._looked_at
-        cells = read_cells(adata, self.schema, data, known if of() is adata else None)
+        known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is adata else None
+        cells = read_cells(adata, self.schema, data, known)
         if isinstance(cells.x, DiskMatrix):
             self._looked_at = weakref.ref(adata), cells.x
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
