@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -61,15 +62,24 @@ def simulated(n: int, like: str, folder: Path) -> Path:
         mu = thinned * library[:500, None] * shares[types[:500]]
         low, high = (thinned, high) if 1 - ((theta / (theta + mu)) ** theta).mean() < DENSITY else (low, thinned)
     library = library * thinned
-    blocks, drawn = [], []
-    for start in range(0, n, BLOCK):
-        some = rng.integers(len(types), size=min(BLOCK, n - start))
-        mu = library[some, None] * shares[types[some]]
-        blocks.append(sparse.csr_matrix(rng.poisson(rng.gamma(theta, mu / theta)).astype(np.float32)))
-        drawn.append(types[some])
-    obs = pd.DataFrame({"type": np.concatenate(drawn).astype(str)}, index=[f"c{i}" for i in range(n)])
     folder.mkdir(parents=True, exist_ok=True)
-    ad.AnnData(sparse.vstack(blocks, format="csr"), obs=obs).write_h5ad(file)
+    drawn, unfinished = [], file.with_suffix(".part")
+    with h5py.File(unfinished, "w") as f:  # block by block: a million cells do not have to fit into memory
+        f.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for start in range(0, n, BLOCK):
+            some = rng.integers(len(types), size=min(BLOCK, n - start))
+            mu = library[some, None] * shares[types[some]]
+            block = sparse.csr_matrix(rng.poisson(rng.gamma(theta, mu / theta)).astype(np.float32))
+            if start:
+                ad.io.sparse_dataset(f["X"]).append(block)
+            else:
+                ad.io.write_elem(f, "X", block)
+            drawn.append(types[some])
+        names = pd.Categorical(np.concatenate(drawn).astype(str))
+        obs = pd.DataFrame({"type": names}, index=[f"c{i}" for i in range(n)])
+        ad.io.write_elem(f, "obs", obs)
+        ad.io.write_elem(f, "var", pd.DataFrame(index=[str(i) for i in range(N_GENES)]))
+    unfinished.rename(file)
     return file
 
 
@@ -183,7 +193,8 @@ def alone(tool: str, file: str, n: str) -> None:
     before_import = time.perf_counter()
     __import__({"sccvae": "sccvae", "scvi-tools": "scvi"}[tool])
     imported = time.perf_counter()
-    adata = ad.read_h5ad(file)[: int(n)].copy()
+    adata = ad.read_h5ad(file)
+    adata = adata[: int(n)].copy() if int(n) < adata.n_obs else adata
     read = time.perf_counter()
     timer, _ = epochs(tool, adata, "nb", 1, "cpu")
     found = {"import": imported - before_import, "first step": timer.first_step - read + imported - before_import}

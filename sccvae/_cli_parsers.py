@@ -42,6 +42,8 @@ def parser(run: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
                          "repeat it to average several (default: the average of all)")  # fmt: skip
     correct.add_argument("--library-size", type=_library_size, metavar="N", help="sum of a cell's corrected counts, or "
                          "'latent' for the cell's own (default: 10000; only for counts)")  # fmt: skip
+    correct.add_argument("--backed", action="store_true", help="for more cells than memory holds: leave the matrices "
+                         "on disk, and write to OUT.h5ad everything but X and the other layers")  # fmt: skip
     _training_options(correct, models=("cvae",))
 
     cluster = _command(commands, "cluster", run, "write clusters and their probabilities to obs and obsm", CLUSTER_HELP)

@@ -107,12 +107,17 @@ def _correct(args: argparse.Namespace, received: list[int]) -> None:
     if args.model_dir is None and args.batch_key is None:
         args.usage_error("--batch-key is needed to train a model (or --model-dir)")
     options = _options(args) | {"reference": args.reference, "library_size": args.library_size, "key_added": args.key}
-    adata = _read(args.input)
+    adata = _read(args.input, backed=args.backed)
     from sccvae import tl
 
-    tl.correct(adata, _model(args), **options)
-    _stop_if(received)
-    write_h5ad(adata, args.output)
+    if args.backed:
+        with _whole_or_not(args.output) as unfinished:
+            tl.correct(adata, _model(args), out=unfinished, **options)
+            _stop_if(received)
+    else:
+        tl.correct(adata, _model(args), **options)
+        _stop_if(received)
+        write_h5ad(adata, args.output)
     to = ", ".join(str(batch) for batch in adata.uns[args.key]["reference"])
     _report(args, f"{args.output}: layers[{args.key!r}] (as in {to}) and obsm[{adata.uns[args.key]['embedding']!r}]")
 
@@ -202,10 +207,14 @@ def _check_places(source: Path, folder: Path) -> None:
         raise FileNotFoundError(msg)
 
 
-def _read(path: Path) -> AnnData:
-    import anndata
-
+def _read(path: Path, *, backed: bool = False) -> AnnData:
     try:
+        if backed:
+            from sccvae.data import open_anndata
+
+            return open_anndata(path)
+        import anndata
+
         return anndata.read_h5ad(path)
     except Exception as error:
         msg = f"{path} cannot be read as .h5ad: {_text(error)}"
@@ -222,11 +231,18 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
     path
         Where to; a file that is there is replaced at the very end.
     """
+    with _whole_or_not(path) as unfinished:
+        adata.write_h5ad(unfinished)
+
+
+@contextmanager
+def _whole_or_not(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place at the end."""
     # In the same folder, since a file can be moved in one step only within a file system; in a folder of its own, so
     # that the file gets the usual permissions.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         whole = Path(folder) / path.name
-        adata.write_h5ad(whole)
+        yield whole
         os.replace(whole, path)
 
 

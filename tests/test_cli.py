@@ -166,6 +166,20 @@ def test_correct_trains_on_the_fly(folder):
     assert Path("cells.h5ad").read_bytes() == source
 
 
+def test_correct_leaves_the_matrices_on_disk(folder):
+    assert main(["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST]) == 0
+    assert main(["correct", "cells.h5ad", "all.h5ad", "--model-dir", "m"]) == 0
+    assert main(["correct", "cells.h5ad", "new.h5ad", "--model-dir", "m", "--backed"]) == 0
+    whole, new = ad.read_h5ad("all.h5ad"), ad.read_h5ad("new.h5ad")
+    assert np.array_equal(new.layers["corrected"], whole.layers["corrected"])
+    assert np.array_equal(new.obsm["X_cvae"], whole.obsm["X_cvae"])
+    assert new.X is None
+    assert list(new.layers) == ["corrected"]
+    assert main(["correct", "cells.h5ad", "new.h5ad", "--model-dir", "m", "--backed"]) == 1
+    assert main(["correct", "cells.h5ad", "new.h5ad", "--model-dir", "m", "--backed", "--force"]) == 0
+    assert names(folder) == {"cells.h5ad", "m", "all.h5ad", "new.h5ad"}
+
+
 def test_training_goes_on_from_a_checkpoint(folder, capsys):
     arguments = ["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST, "--checkpoint-dir", "state"]
     assert main(arguments) == 0

@@ -26,7 +26,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "distributions": (set(), {"numba", "numpy", "torch"}),
     "nn": (set(), {"numpy", "torch"}),
     "module": ({"distributions", "nn"}, {"numpy", "torch"}),
-    "data": (set(), {"anndata", "numpy", "pandas", "rich", "scipy", "scvi", "torch"}),
+    "data": (
+        set(),
+        {"anndata", "h5py", "numpy", "pandas", "psutil", "rich", "scdataset", "scipy", "scvi", "torch", "tqdm", "zarr"},
+    ),
     "datasets": (set(), {"anndata", "numpy", "pandas", "pooch", "scanpy", "scipy", "sklearn", "tqdm"}),
     "train": (
         {"data", "distributions", "module", "nn"},
@@ -38,9 +41,12 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "metrics": (set(), {"numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
     "pl": (set(), {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
-    "tl": ({"metrics", "model"}, {"anndata", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm"}),
+    "tl": (
+        {"data", "metrics", "model"},
+        {"anndata", "h5py", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm", "zarr"},
+    ),
     "cli": (
-        {"_cli_parsers", "_demo", "datasets", "metrics", "model", "pl", "tl"},
+        {"_cli_parsers", "_demo", "data", "datasets", "metrics", "model", "pl", "tl"},
         {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},
     ),
     "_cli_parsers": (set(), set()),
@@ -168,7 +174,7 @@ def test_imported_packages_are_declared():
         return {re.match(r"[\w.-]+", r)[0].lower() for r in requirements}
 
     required = names(project["dependencies"])
-    optional = names(project["optional-dependencies"]["bench"])
+    optional = names(project["optional-dependencies"]["bench"] + project["optional-dependencies"]["ondisk"])
     for file in FILES:
         for name, line, late in imports_of(file):
             top = name.split(".")[0]

@@ -1,18 +1,27 @@
 """The way from AnnData to tensors on the device."""
 
+from sccvae.data.blocks import BlockLoader, shuffled_loader
 from sccvae.data.fields import Schema, anndata_fields, check_setup
+from sccvae.data.lazy import open_anndata
+from sccvae.data.ondisk import DiskMatrix, free_memory, gigabytes
 from sccvae.data.read import Cells, check_support, read_cells
 from sccvae.data.splits import split_indices
 from sccvae.data.store import CellStore, ChunkLoader
 
 __all__ = [
+    "BlockLoader",
     "CellStore",
     "Cells",
     "ChunkLoader",
+    "DiskMatrix",
     "Schema",
     "anndata_fields",
     "check_setup",
     "check_support",
+    "free_memory",
+    "gigabytes",
+    "open_anndata",
     "read_cells",
+    "shuffled_loader",
     "split_indices",
 ]

@@ -1,4 +1,4 @@
-"""Cells in memory, gathered many mini-batches at a time."""
+"""Cells in memory or on disk, gathered many mini-batches at a time."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ class CellStore:
     def n_features(self) -> int:
         """Number G of features."""
         return self.cells.x.shape[1]
+
+    def subset(self, rows: np.ndarray) -> CellStore:
+        """These rows, in memory."""
+        cells = Cells(self.cells.x[rows], self.cells.codes[rows], self.cells.covariates[rows], self.cells.library[rows])
+        return CellStore(cells, None if self.labels is None else self.labels[rows])
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Rows as tensors on the CPU: ``x`` (n, G) dense, ``codes``, ``covariates``, ``library``, any ``labels``."""
@@ -87,8 +92,8 @@ class ChunkLoader:
         if batch_size < 1:
             msg = f"batch_size={batch_size} must be at least 1."
             raise ValueError(msg)
-        self.store, self.rows, self.shuffle, self.seed = store, np.asarray(rows), shuffle, seed
-        self.n_processes = n_processes
+        self.store, self.rows, self.batch_size = store, np.asarray(rows), batch_size
+        self.shuffle, self.seed, self.n_processes = shuffle, seed, n_processes
         self.n_batches = math.ceil(math.ceil(len(self.rows) / n_processes) / batch_size)
         self.per_chunk = max(1, CHUNK_VALUES // (store.n_features * batch_size))
         self.epoch = 0
@@ -107,6 +112,10 @@ class ChunkLoader:
         batches = np.array_split(rows, max(1, self.n_batches))
         for start in range(0, self.n_batches, self.per_chunk):
             part = batches[start : start + self.per_chunk]
-            tensors = self.store.gather(np.concatenate(part))
-            split = {name: t.split([len(b) for b in part]) for name, t in tensors.items()}
-            yield [{name: t[i] for name, t in split.items()} for i in range(len(part))]
+            yield mini_batches(self.store.gather(np.concatenate(part)), [len(b) for b in part])
+
+
+def mini_batches(tensors: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
+    """Tensors (n, ...) cut into mini-batches of these sizes, which add up to n; views, no copies."""
+    split = {name: t.split(sizes) for name, t in tensors.items()}
+    return [{name: t[i] for name, t in split.items()} for i in range(len(sizes))]

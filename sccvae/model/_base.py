@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import rich.pretty  # noqa: F401  scvi-tools' view_anndata_setup uses it without importing it
@@ -20,6 +21,7 @@ from scvi.model.base import BaseModelClass
 from sccvae.data import (
     CellStore,
     ChunkLoader,
+    DiskMatrix,
     Schema,
     anndata_fields,
     check_setup,
@@ -72,6 +74,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         with seeded(seed):
             self.module = self._make_module()
         self.reference: dict[str, Any] = {}
+        self._looked_at: tuple[weakref.ref[AnnData], DiskMatrix] | None = None
         if adata is not None:
             self._start_at_data(self._store(adata))
         self.module.eval()
@@ -145,6 +148,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         kl_warmup: float = 0.2,
         train_size: float = 0.9,
         validation_size: float | None = None,
+        data: Literal["auto", "disk", "memory"] = "auto",
         early_stopping: bool = True,
         patience: int | None = None,
         accelerator: str = "auto",
@@ -171,6 +175,10 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             Target of the KL weight (1 is the ELBO), and the share of all steps after which it is reached.
         train_size, validation_size
             Shares of the cells; ``validation_size=None`` takes the rest.
+        data
+            For an AnnData whose values are on disk: ``"memory"`` reads them all first, ``"disk"`` reads shuffled blocks
+            of cells in every epoch (needs ``pip install 'sccvae[ondisk]'``), and ``"auto"`` reads them into memory if
+            that takes at most half of what is free, and logs what it chose.
         early_stopping, patience
             Stop when the negative ELBO of the validation cells has not fallen for ``patience`` epochs.
         accelerator, devices
@@ -193,7 +201,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         FloatingPointError
             If the loss stops being finite; the model then has its best weights.
         """
-        store = self._training_store()
+        store = self._training_store(data)
         self.train_indices, self.validation_indices, self.test_indices = split_indices(
             len(store), train_size, validation_size, seed
         )
@@ -221,14 +229,14 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         """Train the module on ``train_indices``: where a model that trains in phases comes in."""
         return fit(self.module, store, self.train_indices, self.validation_indices, **options)
 
-    def _training_store(self) -> CellStore:
+    def _training_store(self, data: str = "auto") -> CellStore:
         if self.adata is None:
             msg = (
                 f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, "
                 "adata=adata)` to train."
             )
             raise ValueError(msg)
-        return self._store(self.adata)
+        return self._store(self.adata, data)
 
     def _finish_training(self, result: TrainingResult) -> None:
         if result.trainer is not None:
@@ -244,14 +252,18 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             raise ValueError(msg)
         return self.adata if adata is None else adata
 
-    def _store(self, adata: AnnData | None) -> CellStore:
-        """The cells of ``adata`` (None: of the set-up), read and checked against the likelihood."""
-        cells = read_cells(self._given(adata), self.schema)
+    def _store(self, adata: AnnData | None, data: str = "disk") -> CellStore:
+        """The cells of ``adata`` (None: of the set-up), checked against the likelihood; read now unless from disk."""
+        adata = self._given(adata)
+        known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is adata else None
+        cells = read_cells(adata, self.schema, data, known)
+        if isinstance(cells.x, DiskMatrix):
+            self._looked_at = weakref.ref(adata), cells.x
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
         check_support(cells, self.module.likelihood.support, where)
         if self.schema.size_factor_key is not None:
             # On first sight of the training cells: the unit that makes size factors library sizes in counts.
-            self.reference.setdefault("library_unit", float(cells.x.sum() / cells.library.sum()))
+            self.reference.setdefault("library_unit", float(cells.survey.totals.sum() / cells.library.sum()))
             cells.library = (cells.library * self.reference["library_unit"]).astype(np.float32)
         return CellStore(cells)
 
@@ -266,7 +278,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         }
         if "image_shape" in self.adata.uns:
             self.reference["image_shape"] = [int(n) for n in self.adata.uns["image_shape"]]
-        mean = np.asarray(cells.x.mean(0), dtype=np.float32).reshape(-1)
+        mean = cells.survey.mean
         if self.module.likelihood.support == "counts":
             if not mean.any():
                 where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"

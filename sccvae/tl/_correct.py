@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from sccvae.model import BaseModel
 
 from ._embed import write_embedding
 from ._job import plain, requested, target, trained_model
+from ._out import check_room, new_layer
 
 if TYPE_CHECKING:
     from sccvae.distributions import Likelihood
@@ -34,6 +36,7 @@ def correct(
     likelihood: str | Likelihood | None = None,
     library_size: float | Literal["latent"] | None = None,
     key_added: str = "corrected",
+    out: str | Path | None = None,
     copy: bool = False,
     seed: int = 0,
     model_options: Mapping[str, Any] | None = None,
@@ -65,6 +68,9 @@ def correct(
         likelihoods, as ``"normal"``, the layer is on the scale of the input, and this must be None.
     key_added
         Key of ``layers`` and ``uns``.
+    out
+        A new file, ``.zarr`` or ``.h5ad``, to write the layer to instead, a few thousand cells at a time. It also gets
+        ``obs``, ``var``, ``obsm`` and ``uns`` of ``adata``, but not ``X``. Needs ``pip install 'sccvae[ondisk]'``.
     copy, seed, model_options, train_options
         As for :func:`embed`.
 
@@ -72,7 +78,8 @@ def correct(
     -------
     None, or with ``copy=True`` the copy. It holds
 
-    - ``layers[key_added]``: corrected expression, (n_cells, n_genes) float32, dense
+    - ``layers[key_added]``: corrected expression, (n_cells, n_genes) float32, dense; with ``out`` it is only in that
+      file, which appears at the end, whole, or not at all
     - ``uns[key_added]``: what :func:`embed` records, and ``reference`` (the batches), ``library_size`` (only for
       counts) and ``embedding`` (key of ``obsm``)
     - ``obsm["X_cvae"]`` and ``uns["X_cvae"]``: as from :func:`embed`
@@ -81,7 +88,10 @@ def correct(
     ------
     TypeError, KeyError, ValueError
         As for :func:`embed`; and ValueError if a reference is not a batch of the model, the model does not decode from
-        the batch, ``library_size`` has no meaning, or ``key_added`` is the layer of the input.
+        the batch, ``library_size`` has no meaning, ``key_added`` is the layer of the input, or there is no room in
+        memory.
+    OSError
+        If ``out`` exists or cannot be written, or the disk is too full.
 
     Examples
     --------
@@ -89,6 +99,9 @@ def correct(
     >>> sc.pl.violin(adata, "LYZ", groupby="batch", layer="corrected", log=True)  # doctest: +SKIP
     """
     options = requested(locals())
+    if out is not None and copy:
+        msg = "out= writes a file of its own: leave copy=True out."
+        raise ValueError(msg)
     to = target(adata, copy=copy)
     trained = isinstance(model, BaseModel)
     if not trained and model != "cvae":
@@ -103,19 +116,37 @@ def correct(
         _library_size(model, library_size)
         _check_layer(to, model, key_added)
 
+    out = None if out is None else Path(out)
+    check_room(to, key_added, out)
     fitted = trained_model(to, model, check=check, **options)
     batches, size = _batches(fitted, reference), _library_size(fitted, library_size)
-    values = fitted.get_normalized_expression(
-        to,
-        transform_batch=batches,
-        gene_list=to.var_names,
-        library_size=1 if size is None else size,
-        return_numpy=True,
-    )
-    to.layers[key_added] = values
-    key, entry = write_embedding(to, fitted, None, train_options)
-    to.uns[key_added] = entry | plain({"reference": batches, "library_size": size, "embedding": key})
+    entry = {"reference": batches, "library_size": size}
+    decode = {
+        "transform_batch": batches,
+        "gene_list": to.var_names,
+        "library_size": 1 if size is None else size,
+        "return_numpy": True,
+    }
+    if out is None:
+        to.layers[key_added] = fitted.get_normalized_expression(to, **decode)
+        _record(to, fitted, key_added, entry, train_options, to)
+    else:
+        whole = AnnData(obs=to.obs.copy(), var=to.var.copy(), obsm=dict(to.obsm), uns=dict(to.uns))
+        key = _record(whole, fitted, key_added, entry, train_options, to)
+        with new_layer(whole, key_added, out) as layer:
+            fitted.get_normalized_expression(to, out=layer, **decode)
+        to.obsm[key] = whole.obsm[key]
+        to.uns |= {k: whole.uns[k] for k in (key, key_added)}
     return to if copy else None
+
+
+def _record(
+    to: AnnData, model: BaseModel, key_added: str, entry: dict, train_options: Mapping[str, Any] | None, cells: AnnData
+) -> str:
+    """Write to ``to`` the embedding of the cells, and what was done; the key of the embedding."""
+    key, found = write_embedding(to, model, None, train_options, cells)
+    to.uns[key_added] = found | plain(entry | {"embedding": key})
+    return key
 
 
 def _batches(model: BaseModel, reference: Any) -> list[Any]:

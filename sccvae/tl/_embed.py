@@ -102,10 +102,14 @@ def embed(
 
 
 def write_embedding(
-    adata: AnnData, model: BaseModel, key: str | None, train_options: Mapping[str, Any] | None
+    adata: AnnData,
+    model: BaseModel,
+    key: str | None,
+    train_options: Mapping[str, Any] | None,
+    cells: AnnData | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """Write the embedding and its record to ``adata``; return the key and the record."""
+    """Write the embedding (of ``cells``, if given) and its record to ``adata``; return the key and the record."""
     key = f"X_{type(model).__name__.lower()}" if key is None else key
-    adata.obsm[key] = model.get_latent_representation(adata)
+    adata.obsm[key] = model.get_latent_representation(adata if cells is None else cells)
     adata.uns[key] = record(model, train_options)
     return key, adata.uns[key]

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from lightning import Callback, Trainer
 
-from sccvae.data import CellStore, ChunkLoader
+from sccvae.data import CellStore, ChunkLoader, shuffled_loader
 from sccvae.module import GenerativeModule
 from sccvae.train.callbacks import BestWeights, CellsBar
 from sccvae.train.checkpoint import ResumableTraining
@@ -134,11 +134,10 @@ def fit(
             "cells: each needs two and one; use fewer devices."
         )
         raise ValueError(msg)
-    train_loader = ChunkLoader(store, train_rows, batch_size, shuffle=True, seed=seed, n_processes=n_processes)
+    train_loader = shuffled_loader(store, train_rows, batch_size, seed, n_processes)
     steps = train_loader.n_batches
-    if len(train_rows) // n_processes < 2 * steps and any(
-        isinstance(m, torch.nn.BatchNorm1d) for m in module.modules()
-    ):
+    batch_norm = any(isinstance(m, torch.nn.BatchNorm1d) for m in module.modules())
+    if batch_norm and len(train_rows) // n_processes < 2 * steps:
         msg = (
             f"batch_size={batch_size} leaves mini-batches of a single cell, on which batch norm cannot work; use a "
             "batch_size of at least 3, or norm='layer'."
