@@ -81,7 +81,7 @@ class MaskedStore(CellStore):
         return len(self.present)
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """As :meth:`CellStore.gather`, with ``present`` (n, G) bool; ``x`` (n, G) has the stand-in where it is false."""
+        """As :meth:`CellStore.gather`, with ``present`` (n, G) bool; where it is false, ``x`` has the stand-in."""
         tensors = super().gather(rows)
         x = self.stand_in.repeat(len(rows), 1)
         x[:, self.present] = tensors["x"]

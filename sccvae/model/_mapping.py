@@ -17,22 +17,23 @@ from scvi import REGISTRY_KEYS
 from sccvae.data import CellStore, MaskedStore, check_support, measured, read_measured, split_indices
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
+from sccvae.model._transfer import TransferMixin
 from sccvae.module import grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
 logger = logging.getLogger(__name__)
 
-#: Optimiser steps that the weights of new categories need, and their learning rate; with all weights free, that of
-#: fine-tuning.
-STEPS, LR, FINE_LR = 400, 1e-2, 1e-4
+#: Optimiser steps of a query, and fewest of an epoch. With learning rate LR the few weights of a new category have
+#: arrived after these (more steps, or smaller ones, gave no better ELBO); FINE_LR is for all weights.
+STEPS, EPOCH_STEPS, LR, FINE_LR = 100, 10, 3e-2, 1e-4
 #: Least share of the reference's genes that a query must have.
 LEAST_GENES = 0.5
 #: Training cells from which the reference knows what stands for a gene that a query lacks.
 MEANS_OF = 10_000
 
 
-class MappingMixin:
-    """Mapping of query cells: new categories get weights of their own, missing genes are masked."""
+class MappingMixin(TransferMixin):
+    """Mapping of query cells: new categories get weights of their own, missing genes are masked, labels follow."""
 
     @property
     def is_query(self) -> bool:
@@ -156,8 +157,9 @@ class MappingMixin:
         self,
         max_epochs: int | None,
         *,
-        train_size: float = 0.9,
+        train_size: float | None = None,
         validation_size: float | None = None,
+        batch_size: int = 128,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -169,22 +171,36 @@ class MappingMixin:
             self.is_trained = True
             return
         if freeze and options.get("weight_decay"):
-            msg = "weight_decay would shrink the frozen weights of the reference too; leave it out, or use freeze=False."
+            msg = "weight_decay would shrink the frozen weights as well; leave it out, or use load_query(freeze=False)."
             raise ValueError(msg)
         store = self._training_store()
         store.labels = self._query_labels()
-        rows = split_indices(len(store), train_size, validation_size, seed)
-        self.train_indices, self.validation_indices, self.test_indices = rows
+        # The few weights of a category cannot learn cells by heart: all train, unless the user wants to see others.
+        train_size = (1.0 if freeze else 0.9) if train_size is None else train_size
+        rows, held_out, rest = split_indices(len(store), train_size, validation_size, seed)
+        self.train_indices, self.validation_indices, self.test_indices = rows, held_out, rest
         if max_epochs is None:
-            max_epochs = math.ceil(STEPS / max(1, -(-len(rows[0]) // options.get("batch_size", 128))))
+            # An epoch shows few cells several times: what an epoch costs beside its steps would be most of the time.
+            rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))
+            max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
         with only_new(self.module, known) if freeze else nullcontext():
-            result = fit(self.module, store, *rows[:2], max_epochs=max_epochs, seed=seed, **defaults | options)
+            result = fit(
+                self.module,
+                store,
+                rows,
+                held_out,
+                max_epochs=max_epochs,
+                batch_size=batch_size,
+                seed=seed,
+                **defaults | options,
+            )
         super()._finish_training(result)
 
     def _finish_training(self, result: TrainingResult) -> None:
         super()._finish_training(result)
         self._note_means()
+        self._note_classes()
 
     def _note_means(self) -> None:
         """Note what stands for a gene that a query lacks, and the share of the counts that is its."""

@@ -77,7 +77,7 @@ def new_weights(module: GenerativeModule, known: Sequence[int]) -> dict[str, Ten
         return {}
     wanted, n_continuous = conditions.n_categories, len(conditions.center)
     new = new_columns(known, wanted, n_continuous)
-    masks = {name: new for name in _weights_on_c(module)}
+    masks = dict.fromkeys(_weights_on_c(module), new)
     if _is_batchwise(module) and wanted[0] > known[0]:
         masks[BATCHWISE] = new_columns(known[:1], wanted[:1])[:, None]
     return masks
