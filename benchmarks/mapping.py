@@ -3,10 +3,10 @@
     SCCVAE_DATA_DIR=... python -m benchmarks.mapping [--data NAME] [--left-out BATCH] [--removed TYPE] [--write]
 
 The batch is left out, a CVAE is trained on the rest, and the batch is mapped; the embedding of all cells is scored by
-scib-metrics (0.6 bio + 0.4 batch, raw) beside that of a CVAE trained on all cells at once. Seconds are CPU seconds of the
-process, since the machine may be shared. Labels: a GMVAE is trained on the labelled rest without one cell type as well;
-the batch is mapped without its labels. Accuracy is over the cells of known types, AUROC is that of the outlier score for
-cells of the removed type. scANVI is trained on the same cells (at its defaults, from scVI) and mapped by its own surgery.
+scib-metrics (0.6 bio + 0.4 batch, raw) beside that of a CVAE trained on all cells at once. Seconds are CPU seconds of
+the process, since the machine may be shared. Labels: a GMVAE is trained on the labelled rest without one cell type as
+well; the batch is mapped without its labels. Accuracy is over the cells of known types, AUROC is that of the outlier
+score for cells of the removed type. scANVI is trained on the same cells (from scVI) and mapped by its own surgery.
 """
 
 from __future__ import annotations

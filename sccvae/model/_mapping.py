@@ -184,17 +184,9 @@ class MappingMixin(TransferMixin):
             rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))
             max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
+        options = defaults | options | {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
         with only_new(self.module, known) if freeze else nullcontext():
-            result = fit(
-                self.module,
-                store,
-                rows,
-                held_out,
-                max_epochs=max_epochs,
-                batch_size=batch_size,
-                seed=seed,
-                **defaults | options,
-            )
+            result = fit(self.module, store, rows, held_out, **options)
         super()._finish_training(result)
 
     def _finish_training(self, result: TrainingResult) -> None:
