@@ -101,6 +101,7 @@ def labels(adata: ad.AnnData, cells: CellSet, out: np.ndarray, removed: str, see
             f"{name} ECE held out": model.calibration.get("expected_calibration_error"),
             f"{name} ECE query": _gap(table["probability"].to_numpy()[~strange], right[~strange]),
         }
+    print(pd.Series(row).to_string(), flush=True)
     if peers:
         predicted, seconds = scanvi(reference, query, cells, seed)
         row |= {"scANVI accuracy": (predicted == truth[out])[~strange].mean(), "scANVI surgery s": seconds}
@@ -162,7 +163,6 @@ def main() -> None:
         row = {"set": cells.name, "cells": adata.n_obs, "left out": left_out, "removed": removed, "seed": seed}
         if "labels" in args.parts:
             row |= labels(adata, cells, out, removed, seed, "scanvi" in args.parts)
-            print(pd.Series(row).to_string(), flush=True)
         if "embedding" in args.parts:
             row |= embedding(adata, cells, out, seed)
         rows.append(row)
