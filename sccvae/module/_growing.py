@@ -95,6 +95,10 @@ def only_new(module: GenerativeModule, known: Sequence[int]) -> Iterator[None]:
         The module.
     known
         Number of known categories of each condition; further ones are new.
+
+    Yields
+    ------
+    None. After it all weights can be trained again.
     """
     masks = new_weights(module, known)
     norms = [layer for layer in module.modules() if hasattr(layer, "frozen")]
