@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 
 from sccvae.model._base import evaluating
 
@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 #: Name of what the reference does not hold.
 UNKNOWN = "unknown"
 #: Weight of the pooled covariance in that of a class, in cells: few cells of a class say little about its shape.
-SHRINKAGE = 100
+SHRINKAGE = 20
+#: Log-probability of what is impossible: it can still be divided by a temperature.
+SMALLEST_LOG = -1e6
 #: Bins of the calibration error, and quantiles kept of the held-out outlier scores.
 BINS, QUANTILES = 15, 1001
 
@@ -57,8 +59,8 @@ class TransferMixin:
         Returns
         -------
         A data frame, indexed by cell: ``label`` (categorical, with ``"unknown"``), ``best_label`` (without),
-        ``probability`` (calibrated, of ``best_label``), ``uncertainty`` (1 - probability) and ``outlier_score`` (square
-        of the smallest Mahalanobis distance of z to a class; see ``outlier_score > model.unknown_score(0.99)``).
+        ``probability`` (calibrated, of ``best_label``), ``uncertainty`` (1 - probability) and ``outlier_score``
+        (-log-density of z under normals for all classes, in nats; unknown above :meth:`unknown_score`).
 
         Raises
         ------
@@ -67,16 +69,15 @@ class TransferMixin:
 
         References
         ----------
-        Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern neural networks, ICML (temperature scaling);
-        Lee, Lee, Lee, Shin 2018, A simple unified framework for detecting out-of-distribution samples, NeurIPS.
+        Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern neural networks, ICML (temperature scaling).
         """
         known = self._transfer()
         bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
         z, log_q = self._look(adata, indices, batch_size)
         names = known["classes"]
-        distance, log_q = _against_classes(z, log_q, known)
+        score, log_q = _against_classes(z, log_q, known)
         q = np.exp(log_softmax(log_q / known["temperature"], axis=1))
-        best, score = q.argmax(1), distance.min(1)
+        best = q.argmax(1)
         index = self._given(adata).obs_names[self._rows(adata, indices)]
         labels = pd.Categorical.from_codes(np.where(score > bound, len(names), best), categories=[*names, UNKNOWN])
         probability = q.max(1).astype(np.float32)
@@ -171,9 +172,9 @@ class TransferMixin:
         else:
             logger.warning("No cells were held out, so the probabilities of transferred labels are not calibrated.")
         classified, seen = log_q is not None, own >= 0
-        distance, log_q = _against_classes(z, log_q, known)
+        scores, log_q = _against_classes(z, log_q, known)
         # A cell without a label may be of a class that no label names, unless every cell has a component.
-        scores = distance.min(1)[slice(None) if classified or not seen.any() else seen]
+        scores = scores[slice(None) if classified or not seen.any() else seen]
         known["score_quantiles"] = np.quantile(scores, np.linspace(0, 1, QUANTILES)).tolist()
         if len(held_out) and seen.any():
             known |= _calibrate(log_q[seen], own[seen])
@@ -207,20 +208,20 @@ def _normals(z: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any]
 
 
 def _against_classes(z: np.ndarray, log_q: np.ndarray | None, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Square of the Mahalanobis distance to each class, (n, K), and log-probability of each, (n, K).
+    """Outlier score of each cell, (n,), and log-probability of each class, (n, K).
 
-    A class without a cell is infinitely far; ``log_q`` None takes the posterior of the normals (Bayes' rule).
+    The score is -log sum_k share_k N(z; mean_k, covariance_k); ``log_q`` None takes the posterior of these normals
+    (Bayes' rule). A class without a cell has no part in either.
     """
     shares, means, covariances = (np.asarray(known[name]) for name in ("shares", "means", "covariances"))
-    factors = np.linalg.cholesky(covariances)
-    distance = np.full((len(z), len(shares)), np.inf)
+    joint = np.full((len(z), len(shares)), -np.inf)
     for k in np.flatnonzero(shares > 0):
-        distance[:, k] = np.square(np.linalg.solve(factors[k], (z - means[k]).T)).sum(0)
-    if log_q is None:
-        log_volume = np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(1)
-        log_shares = np.log(np.where(shares > 0, shares, 1))
-        log_q = log_softmax(np.where(shares > 0, log_shares - log_volume - distance / 2, -1e9), axis=1)
-    return distance, log_q
+        root = np.linalg.cholesky(covariances[k])
+        distance = np.square(np.linalg.solve(root, (z - means[k]).T)).sum(0)
+        log_volume = np.log(np.diagonal(root)).sum() + z.shape[1] / 2 * np.log(2 * np.pi)
+        joint[:, k] = np.log(shares[k]) - log_volume - distance / 2
+    total = logsumexp(joint, axis=1)
+    return -total, np.maximum(joint - total[:, None], SMALLEST_LOG) if log_q is None else log_q
 
 
 def _calibrate(log_q: np.ndarray, codes: np.ndarray) -> dict[str, Any]:
