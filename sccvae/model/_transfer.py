@@ -165,6 +165,9 @@ class TransferMixin:
         own = codes[train]
         if log_q is not None:  # cells without a label have a component all the same
             own = np.where(own >= 0, own, log_q.argmax(1))
+        if not (own >= 0).any():
+            logger.warning("No training cell has a label, so there is nothing to transfer.")
+            return
         known = _normals(z[own >= 0], own[own >= 0], len(names)) | {"classes": names, "temperature": 1.0}
         if len(held_out):
             z, log_q = self._look(None, held_out)
