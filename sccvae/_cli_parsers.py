@@ -52,6 +52,12 @@ def parser(run: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     _training_options(cluster, models=("gmvae",))
     _mixture_options(cluster)
 
+    mapping = _command(commands, "map", run, "map new cells on a saved model, with labels if it has some", MAP_HELP)
+    _files(mapping, "saved model to map on; needed")
+    mapping.add_argument("--key", default="mapped", metavar="KEY", help="name of the results (default: mapped)")
+    mapping.add_argument("--unknown-threshold", type=float, default=0.99, metavar="SHARE", help="a cell is unknown if "
+                         "it lies further out than this share of held-out cells (default: 0.99)")  # fmt: skip
+
     demo = _command(commands, "demo", run, "the whole job on real cells with a planted batch effect", DEMO_HELP)
     demo.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="folder for the results, "
                       "made if missing; its files of the same names are replaced (default: demo_output)")  # fmt: skip
@@ -94,6 +100,15 @@ examples:
   sccvae cluster cells.h5ad clustered.h5ad --layer counts --batch-key batch --components 20
   sccvae cluster cells.h5ad labelled.h5ad --layer counts --labels-key cell_type --unlabeled-category Unknown
 """
+MAP_HELP = """\
+Map the cells of IN.h5ad on a saved model (--model-dir) without its data: batches that it does not
+know get weights of their own, genes that are missing are masked. Writes obsm["X_mapped"] and, if the
+model was trained with --labels-key, obs["mapped_label"] (with "unknown"), obs["mapped_uncertainty"]
+and obs["mapped_outlier_score"] to OUT.h5ad.
+
+example:
+  sccvae map new_cells.h5ad mapped.h5ad --model-dir my_reference
+"""
 DEMO_HELP = """\
 Plant a batch effect with known truth in 700 real blood cells (they come with scanpy: no
 download), remove it with a CVAE, and compare with the truth. Writes demo.h5ad and pictures to a
@@ -114,11 +129,11 @@ def _command(commands: Any, name: str, run: Mapping[str, Any], short: str, text:
     return command
 
 
-def _files(command: argparse.ArgumentParser) -> None:
+def _files(command: argparse.ArgumentParser, model: str = "saved model; without it one is trained") -> None:
     command.add_argument("input", type=Path, metavar="IN.h5ad", help="cells x genes; never changed")
     command.add_argument("output", type=_h5ad, metavar="OUT.h5ad", help="where to; appears whole or not at all")
     command.add_argument("--force", action="store_true", help="replace OUT.h5ad if it exists")
-    command.add_argument("--model-dir", type=Path, metavar="DIR", help="saved model; without it one is trained")
+    command.add_argument("--model-dir", type=Path, metavar="DIR", help=model)
 
 
 def _mixture_options(command: argparse.ArgumentParser) -> None:

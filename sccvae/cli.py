@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit code: 0; 1 after an error, told in one line on stderr; 130 after Ctrl-C, 143 after SIGTERM. Wrong usage and
     ``--help`` end in ``SystemExit``, with 2 and 0, as argparse does.
     """
-    run = {"train": _train, "embed": _embed, "correct": _correct, "cluster": _cluster, "demo": _demo}
+    run = {"train": _train, "embed": _embed, "correct": _correct, "cluster": _cluster, "map": _map, "demo": _demo}
     args = parser(run).parse_args(argv)
     with _signals() as received, warnings.catch_warnings():
         warnings.showwarning = _show_all_warnings if args.debug else _show_warning
@@ -135,6 +135,25 @@ def _cluster(args: argparse.Namespace, received: list[int]) -> None:
     sizes = adata.obs[key].value_counts()
     used = f"{(sizes > 0).sum()} clusters of {sizes[sizes > 0].min()} to {sizes.max()} cells"
     _report(args, f"{args.output}: obs[{key!r}], {used}; obsm['{key}_proba'] and obsm['X_{key}']")
+
+
+def _map(args: argparse.Namespace, received: list[int]) -> None:
+    if args.model_dir is None:
+        args.usage_error("--model-dir is needed: the saved model to map the cells on")
+    _options(args)
+    adata = _read(args.input)
+    from sccvae import tl
+
+    options = {"key_added": args.key, "unknown_threshold": args.unknown_threshold}
+    tl.map_query(adata, args.model_dir, train_options={"progress_bar": not args.quiet}, **options)
+    _stop_if(received)
+    write_h5ad(adata, args.output)
+    found = adata.uns[args.key]["query"]
+    new = {key: list(values) for key, values in found["new_categories"].items()}
+    text = f"obsm['X_{args.key}'], {adata.n_obs} cells; new: {new or 'nothing'}"
+    if f"{args.key}_label" in adata.obs:
+        text += f"; {(adata.obs[f'{args.key}_label'] == 'unknown').sum()} unknown"
+    _report(args, f"{args.output}: {text}, {len(found['missing_genes'])} genes masked")
 
 
 def _demo(args: argparse.Namespace, received: list[int]) -> None:

@@ -91,14 +91,15 @@ print(*({"anndata", "h5py", "lightning", "matplotlib", "numpy", "scanpy", "scvi"
     assert min(seconds) < 1  # the others tell what else the machine was doing
 
 
-@pytest.mark.parametrize("command", ["train", "embed", "correct", "cluster", "demo"])
+@pytest.mark.parametrize("command", ["train", "embed", "correct", "cluster", "map", "demo"])
 def test_every_command_explains_itself_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     out = capsys.readouterr().out
     assert end.value.code == 0
     assert f"\n  sccvae {command}" in out
-    for option in ("--debug", "--quiet", *(["--layer", "--batch-key", "--seed"] if command != "demo" else [])):
+    trains = command not in ("map", "demo")
+    for option in ("--debug", "--quiet", *(["--layer", "--batch-key", "--seed"] if trains else [])):
         assert option in out
 
 
@@ -136,6 +137,22 @@ def test_train_then_embed_and_correct_with_the_model(folder, capsys):
     np.testing.assert_allclose(c.layers["corrected"].sum(1), 100, rtol=1e-4)
     assert not [key for key in [*e.obs, *e.uns, *e.obsm] if "scvi" in key]
     assert names(folder) == {"cells.h5ad", "m", "e.h5ad", "c.h5ad"}
+
+
+def test_map(folder, capsys):
+    assert main(["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST, "--labels-key", "donor"]) == 0
+    cells = make_cells()[:80, 10:].copy()
+    cells.obs["batch"] = "3"
+    cells.write_h5ad("new.h5ad")
+    assert main(["map", "new.h5ad", "o.h5ad", "--model-dir", "m"]) == 0
+    said = capsys.readouterr()
+    assert "o.h5ad: obsm['X_mapped'], 80 cells; new: {'batch': ['3']}" in said.out
+    assert "10 genes masked" in said.out
+    mapped = ad.read_h5ad("o.h5ad")
+    wanted = tl.map_query(cells, "m", copy=True, train_options={"progress_bar": False})
+    assert np.array_equal(mapped.obsm["X_mapped"], wanted.obsm["X_mapped"])
+    assert set(mapped.obs["mapped_label"]) <= {"x", "y", "unknown"}
+    assert names(folder) == {"cells.h5ad", "m", "new.h5ad", "o.h5ad"}
 
 
 def test_embed_trains_on_the_fly_as_tl_does(folder, capsys):
@@ -204,6 +221,7 @@ def test_training_goes_on_from_a_checkpoint(folder, capsys):
         (["embed", "cells.h5ad", "o.h5ad", "--model-dir", "m", "--batch-key", "b", "--categorical-covariate", "d",
           "--seed", "0"], "--batch-key, --categorical-covariate, --seed: the model in --model-dir"),
         (["correct", "cells.h5ad", "o.h5ad"], "--batch-key is needed"),
+        (["map", "cells.h5ad", "o.h5ad"], "--model-dir is needed"),
         (["correct", "cells.h5ad", "o.h5ad", "--model", "vae"], "invalid choice: 'vae'"),
         (["correct", "cells.h5ad", "o.h5ad", "--library-size", "none"], "neither a number above 0 nor 'latent'"),
     ],

@@ -111,8 +111,8 @@ def test_everything_comes_back(trained, saved):
         pd.testing.assert_frame_equal(frame, trained.get_normalized_expression(transform_batch="b"))
 
 
-def test_only_two_plain_files_are_written(saved):
-    assert sorted(files_of(saved)) == ["model.json", "weights.safetensors"]
+def test_only_plain_files_are_written(saved):
+    assert sorted(files_of(saved)) == ["README.md", "model.json", "weights.safetensors"]
     content = json.loads((saved / "model.json").read_text())
     assert content["format"] == 1
     assert content["class"] == "CVAE"

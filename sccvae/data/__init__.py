@@ -3,6 +3,7 @@
 from sccvae.data.blocks import BlockLoader, shuffled_loader
 from sccvae.data.fields import Schema, anndata_fields, check_setup
 from sccvae.data.lazy import open_anndata
+from sccvae.data.masked import MaskedStore, measured, read_measured
 from sccvae.data.ondisk import DiskMatrix, free_memory, gigabytes
 from sccvae.data.read import Cells, check_support, read_cells
 from sccvae.data.splits import split_indices
@@ -14,14 +15,17 @@ __all__ = [
     "Cells",
     "ChunkLoader",
     "DiskMatrix",
+    "MaskedStore",
     "Schema",
     "anndata_fields",
     "check_setup",
     "check_support",
     "free_memory",
     "gigabytes",
+    "measured",
     "open_anndata",
     "read_cells",
+    "read_measured",
     "shuffled_loader",
     "split_indices",
 ]

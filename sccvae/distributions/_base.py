@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
@@ -22,6 +23,17 @@ class Observation(ABC):
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density or mass of ``x`` (n, G) in nats, summed over the G features: (..., n)."""
+
+    def restrict(self, features: Tensor) -> Self:
+        """The distribution of some features alone, those where ``features`` (G,) bool is true.
+
+        Every parameter with an axis over the features keeps these; what is shared by all features stays.
+        """
+        some = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.shape[-1:] == features.shape:
+                setattr(some, name, value[..., features])
+        return some
 
     @abstractmethod
     def sample(self) -> Tensor:

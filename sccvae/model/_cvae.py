@@ -13,10 +13,11 @@ from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._correction import CorrectionMixin
 from sccvae.model._latent import VariationalMixin
+from sccvae.model._mapping import MappingMixin
 from sccvae.model._sampling import SamplingMixin
 
 
-class CVAE(VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
+class CVAE(VariationalMixin, CorrectionMixin, SamplingMixin, MappingMixin, BaseModel):
     """Conditional VAE (source text 4.3.1): removes batch effects, or separates known conditions.
 
     Parameters

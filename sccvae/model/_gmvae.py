@@ -18,6 +18,7 @@ from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
 from sccvae.model._correction import CorrectionMixin
 from sccvae.model._latent import VariationalMixin
+from sccvae.model._mapping import MappingMixin
 from sccvae.model._sampling import SamplingMixin
 from sccvae.module import Batch
 from sccvae.train import TrainingResult, fit_mixture
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 SHARES_OF = 10_000
 
 
-class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, BaseModel):
+class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, MappingMixin, BaseModel):
     """Gaussian-mixture VAE with a Dirichlet prior: finds clusters in its latent space by itself.
 
     With conditions (``batch_key`` and covariates) it is conditional: clusters run across batches. With ``labels_key``
@@ -126,6 +127,9 @@ class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, SamplingMixin, Base
         FloatingPointError
             If the loss stops being finite.
         """
+        if self.is_query:
+            super().train(max_epochs, **options)
+            return
         super().train(max_epochs, guide=None if self.adata is None else self._guide_labels(guide), **options)
         some = np.random.default_rng(options.get("seed", 0)).permutation(self.train_indices)[:SHARES_OF]
         self.reference["component_shares"] = self.predict_proba(indices=some).mean(0, dtype=np.float64).tolist()

@@ -1,4 +1,4 @@
-"""Models on disk: a folder with ``model.json`` and ``weights.safetensors``. Nothing is pickled, nothing is run."""
+"""Models on disk: ``model.json``, ``weights.safetensors`` and a model card. Nothing is pickled, nothing is run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from sccvae import __version__
 from sccvae.data import read_cells
+from sccvae.model._card import model_card
 
-JSON_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
+JSON_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "weights.safetensors", "README.md"
 FORMAT = 1
 KEYS = {"class", "settings", "seed", "trained", "registry", "reference", "history", "splits"}
 
@@ -69,6 +70,7 @@ class SavingMixin:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             (temporary / JSON_FILE).write_text(json.dumps(content, indent=1))
+            (temporary / CARD_FILE).write_text(model_card(self), encoding="utf-8")
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()},
                 temporary / WEIGHTS_FILE,
@@ -214,7 +216,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _foreign(folder: Path) -> list[str]:
     """Names of what is not part of a model; macOS leaves ``.DS_Store`` in any folder that was looked at."""
-    return sorted({f.name for f in folder.iterdir()} - {JSON_FILE, WEIGHTS_FILE, ".DS_Store"})
+    return sorted({f.name for f in folder.iterdir()} - {JSON_FILE, WEIGHTS_FILE, CARD_FILE, ".DS_Store"})
 
 
 def _encode(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from sccvae.module._base import Batch, GenerativeModule, LatentVariableModule
 from sccvae.module._factorization import Factor, Factorization
+from sccvae.module._growing import grow, new_weights, only_new
 from sccvae.module.ae import AE
 from sccvae.module.cvae import CVAE
 from sccvae.module.gmvae import GMVAE
@@ -19,4 +20,7 @@ __all__ = [
     "Factorization",
     "GenerativeModule",
     "LatentVariableModule",
+    "grow",
+    "new_weights",
+    "only_new",
 ]

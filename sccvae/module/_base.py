@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ class Batch:
         Library size of each observation, (n, 1) floating; counts.
     labels
         Class of each observation, (n,) int64, -1 where it is not known; None if no class is.
+    present
+        Which features were measured, (n, G) bool, each row the same: the others hold a stand-in for the encoder and do
+        not count in p(x|...). None if all were.
     """
 
     x: Tensor
@@ -38,6 +41,7 @@ class Batch:
     covariates: Tensor
     library: Tensor
     labels: Tensor | None = None
+    present: Tensor | None = None
 
     @classmethod
     def of(
@@ -53,6 +57,13 @@ class Batch:
         """First condition, (n,) int64, or None."""
         return self.codes[:, 0] if self.codes.shape[1] else None
 
+    def log_prob(self, p_x: Observation) -> Tensor:
+        """Log density or mass of the measured features in nats, (..., n), under p(x|...) of all features."""
+        if self.present is None:
+            return p_x.log_prob(self.x)
+        measured = self.present[0]
+        return p_x.restrict(measured).log_prob(self.x[:, measured])
+
 
 class GenerativeModule(nn.Module, ABC):
     """A model: what it declares (``factors``), its inference, its generation, and the terms of its negative ELBO.
@@ -61,9 +72,12 @@ class GenerativeModule(nn.Module, ABC):
     ----------
     factors
         The declared factorisation. Its ``terms`` are the names that :meth:`elbo_terms` returns (a test holds this).
+    nets_of_c
+        Attributes that hold a network whose input is c alone, or None.
     """
 
     factors: Factorization
+    nets_of_c: ClassVar[tuple[str, ...]] = ()
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +186,7 @@ class LatentVariableModule(EvidenceModule, ABC):
         batch = replace(batch, x=self.likelihood.observe(batch.x))
         q, p = self.inference(batch), self.prior(batch)
         draws = {v: d.rsample((self.n_samples,)) for v, d in q.items()}  # each (k, n, d)
-        reconstruction = -self.generative(draws, batch).log_prob(batch.x).mean(0)  # (k, n) -> (n,)
+        reconstruction = -batch.log_prob(self.generative(draws, batch)).mean(0)  # (k, n) -> (n,)
         return {"reconstruction": reconstruction} | {f"kl_{v}": self._kl(q[v], p[v], draws[v]) for v in q}
 
     def _kl(self, q: Normal, p: Normal, draws: Tensor) -> Tensor:
@@ -184,7 +198,7 @@ class LatentVariableModule(EvidenceModule, ABC):
         """Log importance weights log p(x,z|c) - log q(z|x,c) of draws from q, (n_samples, n) in nats."""
         q, p = self.inference(batch), self.prior(batch)
         z = {name: d.sample((n_samples,)) for name, d in q.items()}
-        log_w = self.generative(z, batch).log_prob(batch.x)
+        log_w = batch.log_prob(self.generative(z, batch))
         return log_w + sum((p[v].log_prob(z[v]) - q[v].log_prob(z[v])).sum(-1) for v in z)
 
 

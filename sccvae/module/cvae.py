@@ -42,6 +42,8 @@ class CVAE(LatentVariableModule):
         If there is no condition at all, or ``prior`` is not known.
     """
 
+    nets_of_c = ("prior_net",)
+
     def __init__(
         self,
         n_features: int,

@@ -81,6 +81,7 @@ class GMVAE(EvidenceModule):
     }
     #: Smallest standard deviation of a component: none can shrink onto a single cell.
     MIN_SCALE = 0.05
+    nets_of_c = ("w_net",)
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class GMVAE(EvidenceModule):
             return dict.fromkeys(self.factors.terms, zero) | {"kl_y": -(seen * y * log_q).sum(-1)}
         q, p_w = self.inference(batch), self.prior_w(batch)
         z, w = q["z"].rsample(), q["w"].rsample()
-        terms = {"reconstruction": -self.generative({"z": z}, batch).log_prob(batch.x)}
+        terms = {"reconstruction": -batch.log_prob(self.generative({"z": z}, batch))}
         if self.stage == "warmup":
             zero = z.new_zeros(len(z))
             kl_z = kl_normal(q["z"].loc, q["z"].scale, z.new_zeros(()), z.new_ones(()))
@@ -274,7 +275,7 @@ class GMVAE(EvidenceModule):
         """Log importance weights of draws of z and w, (n_samples, n) in nats; y and d are summed out: p(y) = 1/K."""
         q = self.inference(batch)
         z, w = q["z"].sample((n_samples,)), q["w"].sample((n_samples,))
-        log_w = self.generative({"z": z}, batch).log_prob(batch.x) + self.log_p_z(z, w)
+        log_w = batch.log_prob(self.generative({"z": z}, batch)) + self.log_p_z(z, w)
         log_w = log_w + (self.prior_w(batch).log_prob(w) - q["w"].log_prob(w)).sum(-1)
         return log_w - q["z"].log_prob(z).sum(-1)
 

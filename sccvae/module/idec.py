@@ -118,7 +118,8 @@ class IDEC(GenerativeModule):
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Square error of each observation, (n,)."""
         p_x = self.generative(self.inference(batch), batch)
-        return {"reconstruction": (batch.x - p_x.mean).square().sum(-1)}
+        error = (batch.x - p_x.mean).square()
+        return {"reconstruction": (error if batch.present is None else error[:, batch.present[0]]).sum(-1)}
 
     def log_q_y(self, z: Tensor) -> Tensor:
         """Log of the soft assignment q, (n, K), for z (n, d) (equation 2)."""

@@ -1,7 +1,7 @@
 """Networks: conditioned layers, encoders, decoders' bodies, corruption. On torch alone."""
 
 from sccvae.nn.adversarial import virtual_adversarial_penalty
-from sccvae.nn.conditions import ConditionedLinear, Conditions
+from sccvae.nn.conditions import ConditionedLinear, Conditions, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes
 
@@ -15,5 +15,7 @@ __all__ = [
     "Masking",
     "as_corruption",
     "check_sizes",
+    "new_columns",
     "virtual_adversarial_penalty",
+    "widen",
 ]

@@ -59,6 +59,43 @@ class Conditions(nn.Module):
         return torch.cat([*hot, (covariates - self.center) / self.spread], dim=-1)
 
 
+def widen(weight: Tensor, known: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Give weights on c columns for new categories, the last of each condition; they start at the mean of the known.
+
+    Parameters
+    ----------
+    weight
+        (n_out, C), with C as for the known categories.
+    known, wanted
+        Number of categories of each condition, before and after.
+
+    Returns
+    -------
+    (n_out, C + new). Columns of known categories and of continuous covariates are the same bits as before.
+    """
+    *blocks, rest = weight.split([*known, weight.shape[1] - sum(known)], dim=1)
+    new = [b.mean(1, keepdim=True).expand(-1, m - n) for b, n, m in zip(blocks, known, wanted, strict=True)]
+    return torch.cat([*(part for pair in zip(blocks, new, strict=True) for part in pair), rest], dim=1)
+
+
+def new_columns(known: Sequence[int], wanted: Sequence[int], n_continuous: int = 0) -> Tensor:
+    """Which entries of c belong to new categories.
+
+    Parameters
+    ----------
+    known, wanted
+        As for :func:`widen`.
+    n_continuous
+        Number of continuous covariates.
+
+    Returns
+    -------
+    (C,) bool, with C as for the wanted categories.
+    """
+    parts = [torch.arange(m) >= n for n, m in zip(known, wanted, strict=True)]
+    return torch.cat([*parts, torch.zeros(n_continuous, dtype=torch.bool)])
+
+
 class ConditionedLinear(nn.Module):
     """y = W h + V c + b: the same as a linear layer on the concatenation [h, c], with V apart so that it can grow.
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.nn.functional import softplus
+from torch.nn.functional import batch_norm, softplus
 
 from sccvae.nn.conditions import ConditionedLinear
 
@@ -27,7 +27,12 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class _RowNorm(nn.Module):
-    """Batch norm over all leading axes, so that (samples, n, width) is normalised as (samples * n, width)."""
+    """Batch norm over all leading axes, so that (samples, n, width) is normalised as (samples * n, width).
+
+    While ``frozen``, it normalises with its running statistics in training too, and leaves them as they are.
+    """
+
+    frozen = False
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,7 +40,10 @@ class _RowNorm(nn.Module):
         self.norm = nn.BatchNorm1d(width, momentum=0.05, eps=1e-3)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.norm(h.reshape(-1, h.shape[-1])).reshape(h.shape)
+        rows, n = h.reshape(-1, h.shape[-1]), self.norm
+        if self.frozen:
+            return batch_norm(rows, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps).reshape(h.shape)
+        return n(rows).reshape(h.shape)
 
 
 def _norm(kind: str | None, width: int) -> nn.Module:

@@ -6,5 +6,6 @@ from ._cluster import cluster
 from ._consensus import consensus
 from ._correct import correct
 from ._embed import embed
+from ._map import map_query
 
-__all__ = ["cluster", "consensus", "correct", "embed"]
+__all__ = ["cluster", "consensus", "correct", "embed", "map_query"]

@@ -1,0 +1,88 @@
+"""Cells that lack some of a model's genes: masked, not filled with zeros."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from sccvae.data.fields import Schema
+from sccvae.data.read import Cells, read_cells
+from sccvae.data.store import CellStore
+
+
+def measured(adata: AnnData, schema: Schema) -> np.ndarray:
+    """Which of the model's genes ``adata`` has.
+
+    Parameters
+    ----------
+    adata
+        The cells.
+    schema
+        Its ``var_names`` are the model's genes.
+
+    Returns
+    -------
+    (G,) bool, in the order of the model.
+    """
+    return np.isin(schema.var_names.astype(str), adata.var_names.astype(str))
+
+
+def read_measured(adata: AnnData, schema: Schema, present: np.ndarray) -> Cells:
+    """Read cells with the measured genes alone.
+
+    Parameters
+    ----------
+    adata, schema
+        As for :func:`read_cells`.
+    present
+        Which genes are measured, (G,) bool.
+
+    Returns
+    -------
+    Cells whose x is (n, present.sum()).
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        As for :func:`read_cells`.
+    """
+    return read_cells(adata, replace(schema, var_names=schema.var_names[present]))
+
+
+class MaskedStore(CellStore):
+    """Cells of which some features were not measured; they are handed out at full width with the mask.
+
+    Parameters
+    ----------
+    cells
+        Their measured features, x (n, present.sum()).
+    present
+        Which features were measured, (G,) bool.
+    stand_in
+        What the encoder sees in place of each feature, (G,) float32; read where it was not measured.
+    labels
+        As for :class:`CellStore`.
+    """
+
+    def __init__(
+        self, cells: Cells, present: np.ndarray, stand_in: np.ndarray, labels: np.ndarray | None = None
+    ) -> None:
+        super().__init__(cells, labels)
+        self.present = torch.from_numpy(present)
+        self.stand_in = torch.from_numpy(np.asarray(stand_in, dtype=np.float32))
+
+    @property
+    def n_features(self) -> int:
+        """Number G of features, measured or not."""
+        return len(self.present)
+
+    def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """As :meth:`CellStore.gather`, with ``present`` (n, G) bool; where it is false, ``x`` has the stand-in."""
+        tensors = super().gather(rows)
+        x = self.stand_in.repeat(len(rows), 1)
+        x[:, self.present] = tensors["x"]
+        return tensors | {"x": x, "present": self.present.expand(len(rows), -1)}

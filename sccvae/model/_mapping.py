@@ -1,0 +1,345 @@
+"""Query mapping: new cells on a trained reference, whose own cells keep their place."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+
+from sccvae.data import CellStore, MaskedStore, check_support, measured, read_measured, split_indices
+from sccvae.model._base import BaseModel
+from sccvae.model._saving import _decode, _encode, load
+from sccvae.model._transfer import TransferMixin
+from sccvae.module import grow, new_weights, only_new
+from sccvae.train import TrainingResult, fit
+
+logger = logging.getLogger(__name__)
+
+#: Optimiser steps of a query, and fewest of an epoch. With learning rate LR the few weights of a new category have
+#: arrived after these (on a pancreas set more steps, or smaller ones, gave no better ELBO); FINE_LR is for all weights.
+STEPS, EPOCH_STEPS, LR, FINE_LR = 100, 10, 3e-2, 1e-4
+#: Least share of the reference's genes that a query must have.
+LEAST_GENES = 0.5
+#: Training cells from which the reference knows what stands for a gene that a query lacks.
+MEANS_OF = 10_000
+
+
+class MappingMixin(TransferMixin):
+    """Mapping of query cells: new categories get weights of their own, missing genes are masked, labels follow."""
+
+    @property
+    def is_query(self) -> bool:
+        """Whether this model was made by :meth:`load_query`."""
+        return "mapping" in self.reference
+
+    def load_query(self, adata: AnnData, *, freeze: bool = True) -> Self:
+        """Make a model of the query cells ``adata`` from this trained reference; ``train()`` it next.
+
+        The new model is this one with weights for the query's new categories of ``batch_key`` and the categorical
+        covariates. With ``freeze`` its ``train()`` moves these weights alone, in a few hundred steps; without new
+        categories there is nothing to train. Cells of the reference keep their latent coordinates bit for bit.
+        Nothing is written to ``adata``. Of the arguments of ``train``, ``max_epochs=None`` gives about 100 optimiser
+        steps here, and the defaults are ``lr=0.03`` (0.0001 if not frozen), ``kl_warmup=0`` and ``train_size=1`` (0.9).
+
+        Parameters
+        ----------
+        adata
+            Query cells, set up like the reference: the same layer and ``obs`` columns (labels may be missing or NaN).
+            Genes in any order. Genes that the reference does not know are left out. Those that it has and the query
+            lacks are masked: the encoder sees the reference's mean in their place, they do not count in p(x|z), and
+            the library size is scaled to what all genes would have given.
+        freeze
+            Train the weights of new categories only; else all weights, with a small learning rate, and cells of the
+            reference move.
+
+        Returns
+        -------
+        A model of the same class. ``query_report`` says what was new, missing or left out.
+
+        Raises
+        ------
+        KeyError
+            If a layer or column of the set-up is missing.
+        ValueError
+            If this model is not trained, a condition is NaN, or the query has less than half of the genes.
+
+        References
+        ----------
+        Lotfollahi et al. 2022, Mapping single-cell data to reference atlases by transfer learning, Nature
+        Biotechnology 40 ("architectural surgery").
+
+        Examples
+        --------
+        >>> reference = sccvae.model.load("my_reference")
+        >>> query = reference.load_query(adata_query)
+        >>> query.train()
+        >>> adata_query.obsm["X_mapped"] = query.get_latent_representation()
+        """
+        if not self.is_trained:
+            msg = f"This {type(self).__name__} is not trained, so nothing can be mapped on it: run model.train() first."
+            raise ValueError(msg)
+        new = self._new_categories(adata)
+        present = self._check_genes(adata)
+        registry = _decode(_encode(self.registry_))
+        _extend(registry, new)
+        query = type(self)(registry=registry, seed=self.seed, **self.settings)
+        known = self.schema.n_categories
+        query.module.load_state_dict(grow(query.module, self.module.state_dict(), known))
+        query.module.to(self.module.device).eval()
+        query.reference = dict(self.reference)
+        query.reference["mapping"] = {
+            "n_known": list(known),
+            "freeze": bool(freeze),
+            "new_categories": {key: [str(v) for v in values] for key, values in new.items()},
+            "n_cells": int(adata.n_obs),
+            "missing_genes": [str(g) for g in self.schema.var_names[~present]],
+            "n_genes_left_out": int(adata.n_vars - present.sum()),
+        } | self._label_report(adata)
+        store = query._store(adata)
+        query._adata = adata
+        query._note_combinations(store)
+        query.is_trained = freeze and not new_weights(query.module, known)
+        query._tell_report()
+        return query
+
+    @classmethod
+    def load_query_data(cls, adata: AnnData, reference_model: str | Path | BaseModel, *, freeze: bool = True) -> Self:
+        """:meth:`load_query` under scvi-tools' name: a class method that takes a model or its folder.
+
+        Parameters
+        ----------
+        adata, freeze
+            As for :meth:`load_query`.
+        reference_model
+            The trained reference, or the folder that it was saved to.
+
+        Returns
+        -------
+        As :meth:`load_query`.
+
+        Raises
+        ------
+        TypeError
+            If the reference is a model of another class.
+        KeyError, ValueError, FileNotFoundError
+            As for :meth:`load_query` and :meth:`load`.
+        """
+        reference = load(reference_model) if isinstance(reference_model, str | Path) else reference_model
+        if type(reference) is not cls:
+            name = type(reference).__name__
+            msg = f"The reference is a {name}: call {name}.load_query_data, or load_query on the reference itself."
+            raise TypeError(msg)
+        return reference.load_query(adata, freeze=freeze)
+
+    @property
+    def query_report(self) -> dict[str, Any]:
+        """What :meth:`load_query` found: new categories, missing genes, genes left out, cells without a label."""
+        if not self.is_query:
+            msg = "This model was not made by load_query, so there is no query to report on."
+            raise ValueError(msg)
+        return {k: v for k, v in self.reference["mapping"].items() if k not in ("n_known", "freeze")}
+
+    @wraps(BaseModel.train)
+    def train(self, max_epochs: int | None = None, **options: Any) -> None:
+        if self.is_query:
+            self._train_query(max_epochs, **options)
+        else:
+            super().train(max_epochs, **options)
+
+    def _train_query(
+        self,
+        max_epochs: int | None,
+        *,
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        """Train the weights of new categories, or all: see :meth:`load_query`."""
+        mapping = self.reference["mapping"]
+        freeze, known = mapping["freeze"], mapping["n_known"]
+        if freeze and not new_weights(self.module, known):
+            logger.info("The query has no new categories: there is nothing to train, it is mapped as it is.")
+            self.is_trained = True
+            return
+        if freeze and options.get("weight_decay"):
+            msg = "weight_decay would shrink the frozen weights as well; leave it out, or use load_query(freeze=False)."
+            raise ValueError(msg)
+        store = self._training_store(options.pop("data", "auto"))
+        store.labels = self._query_labels()
+        # The few weights of a category cannot learn cells by heart: all train, unless the user wants to see others.
+        train_size = (1.0 if freeze else 0.9) if train_size is None else train_size
+        rows, held_out, rest = split_indices(len(store), train_size, validation_size, seed)
+        self.train_indices, self.validation_indices, self.test_indices = rows, held_out, rest
+        if max_epochs is None:
+            # An epoch shows few cells several times: what an epoch costs beside its steps would be most of the time.
+            rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))
+            max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
+        defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
+        options = defaults | options | {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
+        with only_new(self.module, known) if freeze else nullcontext():
+            result = fit(self.module, store, rows, held_out, **options)
+        super()._finish_training(result)
+
+    def _finish_training(self, result: TrainingResult) -> None:
+        super()._finish_training(result)
+        self._note_means()
+        self._note_classes()
+
+    def _note_means(self) -> None:
+        """Note what stands for a gene that a query lacks, and the share of the counts that is its."""
+        store = self._store(self.adata)
+        rows = self.train_indices
+        rows = rows[:: max(1, len(rows) // MEANS_OF)]
+        total, seen, n = 0.0, 0.0, len(rows)
+        for part in np.array_split(rows, max(1, n // 1024)):
+            x = store.gather(part)["x"]
+            total = total + x.double().sum(0)
+            seen = seen + self.module.likelihood.encoder_input(x).double().sum(0)
+        counts = self.module.likelihood.support == "counts"
+        stand_in = (seen / n).expm1() if counts else seen / n  # the encoder input is log(1 + x) for counts
+        self.reference["gene_means"] = [float(v) for v in (total / n).float()]
+        self.reference["gene_stand_ins"] = [float(v) for v in stand_in.float()]
+
+    def _store(self, adata: AnnData | None, data: str = "disk") -> CellStore:
+        given = self._given(adata)
+        if not self.is_query or (present := measured(given, self.schema)).all():
+            return super()._store(adata, data)
+        cells = read_measured(given, self.schema, present)
+        where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
+        check_support(cells, self.module.likelihood.support, where)
+        if self.schema.size_factor_key is not None:
+            cells.library = (cells.library * self.reference["library_unit"]).astype(np.float32)
+        elif self.module.likelihood.support == "counts":
+            means = np.asarray(self.reference["gene_means"])
+            cells.library = (cells.library * (means.sum() / means[present].sum())).astype(np.float32)
+        return MaskedStore(cells, present, self.reference["gene_stand_ins"])
+
+    def _attach(self, adata: AnnData) -> None:
+        if self.is_query:
+            self._store(adata)  # any misfit is named here
+            self._adata = adata
+        else:
+            super()._attach(adata)
+
+    def _new_categories(self, adata: AnnData) -> dict[str, list[Any]]:
+        """Categories of each condition that the reference does not have, by ``obs`` column."""
+        found = {}
+        for key, known in self.schema.categories.items():
+            if key not in adata.obs:
+                msg = (
+                    f"The reference was set up with obs[{key!r}], which the query lacks; its columns are "
+                    f"{list(adata.obs.columns)}. For cells of one new category: `adata.obs[{key!r}] = 'query'`."
+                )
+                raise KeyError(msg)
+            column = adata.obs[key]
+            missing = int(column.isna().sum())
+            if missing:
+                msg = (
+                    f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} query cells. Give them a "
+                    f"category of their own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('query')`) "
+                    "or leave these cells out."
+                )
+                raise ValueError(msg)
+            texts = set(known.astype(str))
+            new = sorted({v for v in column.unique() if str(v) not in texts}, key=str)
+            if new:
+                found[key] = new
+        return found
+
+    def _check_genes(self, adata: AnnData) -> np.ndarray:
+        """Which of the reference's genes the query has, (G,) bool, if they are enough."""
+        if not adata.var_names.is_unique:
+            msg = "adata.var_names are not unique, so genes cannot be matched: run `adata.var_names_make_unique()`."
+            raise ValueError(msg)
+        present = measured(adata, self.schema)
+        if present.mean() < LEAST_GENES:
+            some = [str(g) for g in self.schema.var_names[~present][:3]]
+            msg = (
+                f"The query has {present.sum()} of the reference's {len(present)} genes, fewer than "
+                f"{LEAST_GENES:.0%}: too few to map. Are the names of the same kind (symbols or Ensembl ids)? The "
+                f"reference has {some}, the query {[str(g) for g in adata.var_names[:3]]}."
+            )
+            raise ValueError(msg)
+        if not present.all() and "gene_stand_ins" not in self.reference:
+            msg = (
+                f"The query lacks {(~present).sum()} genes, and this model was trained or saved by a version of "
+                "sccvae that did not note what stands for them. Train the reference again."
+            )
+            raise ValueError(msg)
+        return present
+
+    def _query_labels(self) -> np.ndarray | None:
+        """Codes of the query's labels, -1 where there is none or the reference does not know it; None without any."""
+        key = self.schema.labels_key
+        if not hasattr(self.module, "classify") or key is None or key not in self.adata.obs:
+            return None
+        codes = pd.Index(self.schema.classes.astype(str)).get_indexer(self.adata.obs[key].astype(object).astype(str))
+        return codes.astype(np.int64) if (codes >= 0).any() else None
+
+    def _label_report(self, adata: AnnData) -> dict[str, Any]:
+        key = self.schema.labels_key
+        if key is None or key not in adata.obs:
+            return {"n_unlabelled": int(adata.n_obs), "unknown_labels": []}
+        column = adata.obs[key]
+        none = (column.isna() | (column.astype(str) == str(self.schema.unlabeled_category))).to_numpy()
+        unknown = sorted(set(column[~none].astype(str)) - set(self.schema.classes.astype(str)))
+        return {"n_unlabelled": int(none.sum()), "unknown_labels": unknown}
+
+    def _note_combinations(self, store: CellStore) -> None:
+        """Add the query's combinations of conditions to those that generation draws from."""
+        combinations, counts = np.unique(store.cells.codes, axis=0, return_counts=True)
+        known = [tuple(codes) for codes in self.reference["codes"]]
+        for codes, share in zip(combinations.tolist(), counts / counts.sum(), strict=True):
+            if tuple(codes) not in known:
+                self.reference["codes"] = [*self.reference["codes"], codes]
+                self.reference["frequencies"] = [*self.reference["frequencies"], float(share)]
+        total = sum(self.reference["frequencies"])
+        self.reference["frequencies"] = [share / total for share in self.reference["frequencies"]]
+
+    def _tell_report(self) -> None:
+        """Say what is new, masked or left out, in the log and in what the model prints."""
+        found = self.query_report
+        lines = [f"query of {found['n_cells']} cells"]
+        lines += [f"new in obs[{key!r}]: {values}" for key, values in found["new_categories"].items()]
+        missing, n = found["missing_genes"], len(self.schema.var_names)
+        if missing:
+            lines.append(f"{len(missing)} of {n} genes ({len(missing) / n:.0%}) are missing and masked: {missing[:5]}")
+        if found["n_genes_left_out"]:
+            lines.append(f"{found['n_genes_left_out']} genes are not known to the reference and left out")
+        if found["unknown_labels"]:
+            lines.append(f"labels that the reference does not have are not used: {found['unknown_labels']}")
+        text = "; ".join(lines)
+        logger.log(logging.WARNING if missing or found["unknown_labels"] else logging.INFO, "%s.", text)
+        self._model_summary_string += f"\n{text}"
+
+
+def _extend(registry: dict[str, Any], new: dict[str, list[Any]]) -> None:
+    """Add categories to a registry, behind the known ones."""
+    fields = registry["field_registries"]
+    for key, values in new.items():
+        if key == registry["setup_args"].get("batch_key"):
+            field = fields[REGISTRY_KEYS.BATCH_KEY]
+            state, name = field["state_registry"], "categorical_mapping"
+            field["summary_stats"]["n_batch"] += len(values)
+        else:
+            field = fields[REGISTRY_KEYS.CAT_COVS_KEY]
+            state, name = field["state_registry"]["mappings"], key
+            at = list(field["state_registry"]["field_keys"]).index(key)
+            field["state_registry"]["n_cats_per_key"][at] += len(values)
+        known = np.asarray(state[name])
+        grown = np.array([*known.tolist(), *values], dtype=object)
+        state[name] = grown.astype(known.dtype) if known.dtype.kind in "iufb" and _all_numbers(values) else grown
+
+
+def _all_numbers(values: list[Any]) -> bool:
+    return all(isinstance(v, int | float | np.number) for v in values)

@@ -1,0 +1,120 @@
+"""New categories for the conditions of a trained module: which weights are theirs, and training them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sccvae.module._base import GenerativeModule
+from sccvae.nn import ConditionedLinear, new_columns, widen
+
+#: The one parameter of a likelihood with a row for each batch.
+BATCHWISE = "likelihood.log_theta"
+
+
+def _weights_on_c(module: GenerativeModule) -> list[str]:
+    """Names of the weights (n_out, C) that multiply c."""
+    layers = [
+        f"{name}.condition.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, ConditionedLinear) and layer.condition is not None
+    ]
+    nets = [name for name in module.nets_of_c if getattr(module, name) is not None]
+    return layers + [f"{name}.body.linears.0.linear.weight" for name in nets]
+
+
+def _is_batchwise(module: GenerativeModule) -> bool:
+    return module.likelihood.settings.get("dispersion") == "gene-batch"
+
+
+def grow(module: GenerativeModule, state: Mapping[str, Tensor], known: Sequence[int]) -> dict[str, Tensor]:
+    """Weights for ``module``, which has more categories than the module that ``state`` comes from.
+
+    Parameters
+    ----------
+    module
+        A module with the wanted categories; it stays as it is.
+    state
+        Weights and buffers by name, of a module that differs from it in nothing but the number of categories.
+    known
+        Number of categories of each condition in ``state``.
+
+    Returns
+    -------
+    Weights and buffers for ``module.load_state_dict``. Those of known categories are the same bits, so cells of known
+    categories keep their outputs; those of a new category start at the mean over the known ones.
+    """
+    grown = dict(state)
+    if not hasattr(module, "conditions"):
+        return grown
+    wanted = module.conditions.n_categories
+    for name in _weights_on_c(module):
+        grown[name] = widen(state[name], known, wanted)
+    if _is_batchwise(module):
+        grown[BATCHWISE] = widen(state[BATCHWISE].T, known[:1], wanted[:1]).T.contiguous()
+    return grown
+
+
+def new_weights(module: GenerativeModule, known: Sequence[int]) -> dict[str, Tensor]:
+    """Which weights belong to new categories.
+
+    Parameters
+    ----------
+    module
+        The module.
+    known
+        Number of known categories of each condition; further ones are new.
+
+    Returns
+    -------
+    Name of a parameter -> bool mask that broadcasts to it; parameters without a new weight are left out.
+    """
+    conditions = getattr(module, "conditions", None)
+    if conditions is None or tuple(known) == conditions.n_categories:
+        return {}
+    wanted, n_continuous = conditions.n_categories, len(conditions.center)
+    new = new_columns(known, wanted, n_continuous)
+    masks = dict.fromkeys(_weights_on_c(module), new)
+    if _is_batchwise(module) and wanted[0] > known[0]:
+        masks[BATCHWISE] = new_columns(known[:1], wanted[:1])[:, None]
+    return masks
+
+
+@contextmanager
+def only_new(module: GenerativeModule, known: Sequence[int]) -> Iterator[None]:
+    """Inside, training moves the weights of new categories and nothing else, not even the statistics of batch norm.
+
+    Weight decay would move them all; the caller must leave it out.
+
+    Parameters
+    ----------
+    module
+        The module.
+    known
+        Number of known categories of each condition; further ones are new.
+
+    Yields
+    ------
+    None. After it all weights can be trained again.
+    """
+    masks = new_weights(module, known)
+    norms = [layer for layer in module.modules() if hasattr(layer, "frozen")]
+    hooks = []
+    try:
+        for layer in norms:
+            layer.frozen = True
+        for name, weight in module.named_parameters():
+            weight.requires_grad_(name in masks)
+            if name in masks:
+                hooks.append(weight.register_hook(lambda g, mask=masks[name]: torch.where(mask.to(g.device), g, 0.0)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight in module.parameters():
+            weight.requires_grad_(True)
+        for layer in norms:
+            layer.frozen = False

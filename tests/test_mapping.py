@@ -1,0 +1,487 @@
+"""Query mapping: the reference stays bit for bit, new weights alone move, what is missing is masked, labels follow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _models import FAST, TINY, make
+from _toys import toy_counts, toy_values
+from anndata import AnnData
+from scipy import sparse
+from scipy.stats import multivariate_normal
+
+import sccvae
+from sccvae import model as models
+from sccvae.distributions import ZINB, Bernoulli, NegativeBinomial, Normal, Poisson
+from sccvae.model import AE, CVAE, GMVAE, VAE
+from sccvae.model._transfer import _against_classes, _calibrate, _normals, calibration_error
+from sccvae.module import Batch, new_weights
+from sccvae.nn import new_columns, widen
+
+EVERY_KIND = {
+    "batch_key": "batch",
+    "categorical_covariate_keys": ["donor", "treated"],
+    "continuous_covariate_keys": ["dose"],
+}
+CASES = {
+    "cvae": (CVAE, {}, None),
+    "learned prior": (CVAE, {"prior": "learned"}, None),
+    "several conditions": (CVAE, {"n_layers": 2, "dropout": 0.1}, EVERY_KIND),
+    "gene-batch": (CVAE, {"likelihood": NegativeBinomial(dispersion="gene-batch")}, None),
+    "gmvae": (GMVAE, {"n_components": 2}, None),
+    "gmvae, learned w": (GMVAE, {"n_components": 2, "w_prior": "learned"}, None),
+}
+
+
+def query_of(n=30, genes=slice(None), **columns):
+    """Cells of a batch that the reference does not know."""
+    query = toy_counts(n, seed=3)[:, genes].copy()
+    query.obs["batch"] = "new"
+    for name, value in columns.items():
+        query.obs[name] = value
+    return query
+
+
+@pytest.fixture(scope="module", params=CASES)
+def reference(request):
+    cls, options, setup = CASES[request.param]
+    return make(cls, toy_counts(), setup=setup, **options)
+
+
+@pytest.fixture(scope="module")
+def cvae():
+    return make(CVAE, toy_counts())
+
+
+# The reference stays
+
+
+def test_widen_by_hand():
+    weight = torch.tensor([[1.0, 3.0, 10.0, 20.0, 30.0, 7.0]])  # a batch of 2, a covariate of 3, a number
+    wide = widen(weight, (2, 3), (3, 5))
+    assert wide.tolist() == [[1.0, 3.0, 2.0, 10.0, 20.0, 30.0, 20.0, 20.0, 7.0]]
+    assert new_columns((2, 3), (3, 5), 1).tolist() == [False, False, True, False, False, False, True, True, False]
+
+
+def test_reference_cells_keep_their_bits_and_only_new_weights_move(reference):
+    cells = toy_counts()
+    before = reference.get_latent_representation(cells), reference.get_elbo(cells, return_mean=False)
+    own = {k: v.clone() for k, v in reference.module.state_dict().items()}
+    query = reference.load_query(query_of(donor="d9") if len(reference.schema.categories) > 1 else query_of())
+    known = reference.schema.n_categories
+    start = {k: v.clone() for k, v in query.module.state_dict().items()}
+    assert not query.is_trained
+    query.train(**FAST)
+    assert query.is_trained
+    after = query.get_latent_representation(cells), query.get_elbo(cells, return_mean=False)
+    assert np.array_equal(before[0], after[0])
+    assert np.array_equal(before[1], after[1])
+    masks = new_weights(query.module, known)
+    moved = 0
+    for name, value in query.module.state_dict().items():  # buffers, such as the statistics of batch norm, included
+        new = masks.get(name, torch.zeros((), dtype=torch.bool)).expand(value.shape)
+        assert torch.equal(value[~new], start[name][~new]), name
+        moved += int((value[new] != start[name][new]).sum())
+    assert moved
+    assert all(torch.equal(v, own[k]) for k, v in reference.module.state_dict().items())
+    assert all(p.requires_grad for p in query.module.parameters())
+    assert not any(getattr(layer, "frozen", False) for layer in query.module.modules())
+
+
+def test_the_new_weights_are_all_that_see_the_new_category(reference):
+    """Scrambling what ``new_weights`` names changes the output for every cell of the query."""
+    query = reference.load_query(query_of())
+    query.is_trained = True
+    before = query.get_elbo(return_mean=False)
+    masks = new_weights(query.module, reference.schema.n_categories)
+    with torch.no_grad():
+        for name, weight in query.module.named_parameters():
+            if name in masks:
+                weight[masks[name].expand(weight.shape)] += 5.0
+    assert (query.get_elbo(return_mean=False) != before).all()
+
+
+def test_unfrozen_everything_moves(cvae):
+    query = cvae.load_query(query_of(), freeze=False)
+    query.train(**FAST)
+    assert not np.array_equal(query.get_latent_representation(toy_counts()), cvae.get_latent_representation())
+
+
+def test_the_query_itself_is_not_written_to(cvae):
+    query = query_of()
+    obs, uns = query.obs.copy(), dict(query.uns)
+    cvae.load_query(query).train(**FAST)
+    pd.testing.assert_frame_equal(query.obs, obs)
+    assert dict(query.uns) == uns
+    assert not query.obsm
+    view = query_of()[:20]  # so a view will do
+    cvae.load_query(view).train(**FAST)
+    assert view.is_view
+
+
+def test_without_new_categories_there_is_nothing_to_train(cvae, caplog):
+    same = toy_counts(20, seed=5)
+    query = cvae.load_query(same)
+    assert query.is_trained
+    assert np.array_equal(query.get_latent_representation(), cvae.get_latent_representation(same))
+    with caplog.at_level(logging.INFO, "sccvae"):
+        query.train(**FAST)
+    assert "nothing to train" in caplog.text
+    autoencoder = make(AE, toy_values())
+    values = toy_values(20, seed=5)
+    values.obs["batch"] = "new"
+    assert np.isfinite(autoencoder.load_query(values).get_latent_representation()).all()
+
+
+def planted(n=400, n_genes=20, seed=0):
+    """Counts of three types in three batches; each batch multiplies the genes by factors of its own."""
+    rng = np.random.default_rng(seed)
+    kind, batch = rng.integers(3, size=n), rng.integers(3, size=n)
+    rates = rng.gamma(1.0, 4.0, size=(3, n_genes))[kind] * np.exp(rng.normal(0, 0.7, size=(3, n_genes)))[batch]
+    obs = pd.DataFrame({"batch": np.array(["a", "b", "c"])[batch], "type": np.array(["x", "y", "z"])[kind]})
+    obs.index = [f"cell{i}" for i in range(n)]
+    return AnnData(sparse.csr_matrix(rng.poisson(rates * 3).astype(np.float32)), obs=obs)
+
+
+@pytest.fixture(scope="module")
+def planted_reference():
+    adata = planted()
+    reference = adata[adata.obs["batch"] != "c"].copy()
+    setup = {"batch_key": "batch", "labels_key": "type"}
+    CVAE.setup_anndata(reference, **setup)
+    model = CVAE(reference, n_latent=3, n_hidden=32)
+    model.train(**FAST | {"max_epochs": 60})
+    return model, adata[adata.obs["batch"] == "c"].copy()
+
+
+def test_a_planted_batch_is_mapped(planted_reference):
+    """Training the new weights raises the ELBO of the new batch and brings its types to those of the reference."""
+    model, cells = planted_reference
+    query = model.load_query(cells)
+    query.is_trained = True
+    before = query.get_elbo()
+
+    def gap():
+        z, own = query.get_latent_representation(), model.get_latent_representation()
+        mine, theirs = cells.obs["type"].to_numpy(), model.adata.obs["type"].to_numpy()
+        return sum(np.linalg.norm(z[mine == t].mean(0) - own[theirs == t].mean(0)) for t in "xyz")
+
+    far = gap()
+    query.train(accelerator="cpu", progress_bar=False)
+    assert query.get_elbo() > before + 2
+    assert gap() < far
+
+
+# Missing genes
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [Poisson(), NegativeBinomial(), NegativeBinomial("gene-cell"), ZINB(), Normal(), Normal("latent"), Bernoulli()],
+    ids=lambda v: str(v.config),
+)
+def test_masked_features_do_not_count(likelihood):
+    """The masked log mass is that of the measured features one by one: torch's own distributions, term by term."""
+    torch.manual_seed(0)
+    n, g = 4, 6
+    measured = torch.tensor([True, False, True, True, False, True])
+    likelihood.build(3, g)
+    x = torch.poisson(torch.full((n, g), 2.0)) if likelihood.support == "counts" else torch.rand(n, g)
+    h, library = torch.randn(n, 3), torch.full((n, 1), 12.0)
+    batch = Batch(x, torch.zeros(n, 0).long(), torch.zeros(n, 0), library, present=measured.expand(n, g))
+    p = likelihood(h, library)
+    found = batch.log_prob(p)
+    terms = []
+    for j in torch.nonzero(measured)[:, 0]:
+        only = torch.zeros(g, dtype=torch.bool)
+        only[j] = True
+        terms.append(p.restrict(only).log_prob(x[:, only]))
+    assert torch.allclose(found, sum(terms), atol=1e-5)
+    changed = batch.x.clone()
+    changed[:, ~measured] += 1.0
+    batch.x = changed
+    assert torch.equal(batch.log_prob(likelihood(h, library)), found)
+    every = Batch(x, batch.codes, batch.covariates, library, present=torch.ones(n, g, dtype=torch.bool))
+    assert torch.equal(every.log_prob(p), p.log_prob(x))
+
+
+def test_missing_genes_are_masked_and_reported(cvae, caplog):
+    genes = [f"gene{j}" for j in (7, 0, 3, 2, 11, 5, 9, 10)]
+    with caplog.at_level(logging.WARNING, "sccvae"):
+        query = cvae.load_query(query_of(genes=genes))
+    missing = ["gene1", "gene4", "gene6", "gene8"]
+    assert query.query_report["missing_genes"] == missing
+    assert "4 of 12 genes (33%) are missing and masked" in caplog.text
+    assert "4 of 12 genes" in query._model_summary_string
+    query.train(**FAST)
+    # The encoder sees the mean of log(1 + x) there, and the library size is what all genes would have given.
+    store = query._store(None)
+    tensors = store.gather(np.arange(30))
+    own = cvae.adata.X.toarray()[cvae.train_indices]
+    absent = np.isin(cvae.schema.var_names, missing)
+    stand_in = np.expm1(np.log1p(own).mean(0))
+    assert np.allclose(tensors["x"][:, absent], stand_in[absent], rtol=1e-5)
+    assert np.array_equal(tensors["x"][:, ~absent], query_of().X.toarray()[:, ~absent])
+    scale = own.sum() / own[:, ~absent].sum()
+    assert np.allclose(tensors["library"][:, 0], query_of().X.toarray()[:, ~absent].sum(1) * scale, rtol=1e-5)
+    # Cells of the reference have all genes, and keep their bits.
+    assert np.array_equal(query.get_latent_representation(toy_counts()), cvae.get_latent_representation())
+    # All readers work on masked cells.
+    assert np.isfinite(query.get_elbo(return_mean=False)).all()
+    assert np.isfinite(query.get_marginal_ll(n_mc_samples=3))
+    assert query.get_normalized_expression().shape == (30, 12)
+    assert query.get_normalized_expression(transform_batch=["a", "new"]).shape == (30, 12)
+
+
+def test_a_gene_is_the_same_missing_or_never_there(cvae):
+    """What a query measured in genes that the reference lacks changes nothing."""
+    query = query_of()
+    more = query_of()
+    extra = AnnData(
+        sparse.hstack([more.X, sparse.csr_matrix(np.full((30, 2), 50.0, np.float32))]).tocsr(),
+        obs=more.obs,
+        var=pd.DataFrame(index=[*more.var_names, "other0", "other1"]),
+    )
+    found = []
+    for cells in (query, extra):
+        mapped = cvae.load_query(cells)
+        mapped.train(**FAST)
+        found.append(mapped.get_latent_representation())
+    assert mapped.query_report["n_genes_left_out"] == 2
+    assert np.array_equal(*found)
+
+
+def test_masking_beats_zeros(planted_reference):
+    """Cells that lose genes stay closer to where all genes put them than with zeros in their place."""
+    model, _ = planted_reference
+    cells = model.adata.copy()
+    lost = np.arange(cells.n_vars) % 3 == 0
+    z = model.get_latent_representation(cells)
+    masked = model.load_query(cells[:, ~lost].copy()).get_latent_representation()
+    zeros = cells.copy()
+    zeros.X = sparse.csr_matrix(zeros.X.toarray() * ~lost)
+    filled = model.get_latent_representation(zeros)
+    assert np.square(masked - z).sum() < 0.7 * np.square(filled - z).sum()
+
+
+# What is refused
+
+
+def test_refusals(cvae):
+    untrained = make(CVAE, toy_counts(), train=False)
+    with pytest.raises(ValueError, match=r"not trained, so nothing can be mapped.*model.train\(\)"):
+        untrained.load_query(query_of())
+    missing = query_of()
+    missing.obs.loc[missing.obs_names[:4], "batch"] = np.nan
+    with pytest.raises(ValueError, match=r"missing \(NaN\) for 4 of 30 query cells.*fillna\('query'\)"):
+        cvae.load_query(missing)
+    with pytest.raises(KeyError, match=r"obs\['batch'\], which the query lacks.*= 'query'"):
+        cvae.load_query(AnnData(missing.X, var=missing.var))
+    with pytest.raises(ValueError, match=r"has 5 of the reference's 12 genes, fewer than 50%.*gene5"):
+        cvae.load_query(query_of(genes=slice(0, 5)))
+    half = query_of()
+    half.X = half.X * 0.5
+    with pytest.raises(ValueError, match="not raw counts"):
+        cvae.load_query(half)
+    query = cvae.load_query(query_of())
+    with pytest.raises(ValueError, match=r"weight_decay would shrink the frozen weights.*freeze=False"):
+        query.train(**FAST, weight_decay=0.1)
+    with pytest.raises(ValueError, match="not made by load_query"):
+        _ = cvae.query_report
+    with pytest.raises(TypeError, match=r"The reference is a CVAE: call CVAE.load_query_data"):
+        VAE.load_query_data(query_of(), cvae)
+    with pytest.raises(ValueError, match=r"without labels_key.*train it to transfer labels"):
+        query.transfer_labels()
+
+
+# On disk
+
+
+def test_a_query_model_comes_back(cvae, tmp_path):
+    cells = query_of(genes=slice(0, 10))
+    query = CVAE.load_query_data(cells, cvae)
+    query.train(**FAST)
+    query.save(tmp_path / "query")
+    for loaded in (models.load(tmp_path / "query", cells), models.load(tmp_path / "query")):
+        found = loaded.get_latent_representation(cells)
+        assert np.array_equal(found, query.get_latent_representation())
+        assert loaded.query_report == query.query_report
+    again = loaded.load_query(query_of(20, batch="newer"))  # a query on a query
+    again.train(**FAST)
+    assert again.schema.categories["batch"].tolist() == ["a", "b", "new", "newer"]
+    assert np.array_equal(again.get_latent_representation(cells), found)
+
+
+def test_a_folder_alone_maps_in_a_new_process(planted_reference, tmp_path):
+    model, cells = planted_reference
+    model.save(tmp_path / "reference")
+    cells.write_h5ad(tmp_path / "query.h5ad")
+    script = """
+import anndata, numpy, sccvae
+query = sccvae.model.load("reference").load_query(anndata.read_h5ad("query.h5ad"))
+query.train(max_epochs=2, batch_size=16, accelerator="cpu", progress_bar=False)
+numpy.save("z.npy", query.get_latent_representation())
+query.transfer_labels().to_csv("labels.csv")
+"""
+    root = Path(sccvae.__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=env, timeout=300)
+    here = model.load_query(cells)
+    here.train(**FAST)
+    assert np.array_equal(np.load(tmp_path / "z.npy"), here.get_latent_representation())
+    labels = pd.read_csv(tmp_path / "labels.csv", index_col=0)
+    assert labels["label"].tolist() == here.transfer_labels()["label"].astype(str).tolist()
+
+
+def test_model_card(planted_reference, tmp_path):
+    model, _ = planted_reference
+    model.save(tmp_path / "reference")
+    card = (tmp_path / "reference" / "README.md").read_text()
+    n = model.adata.n_obs
+    for text in (
+        "# CVAE on 20 genes",
+        f"| cells | {n}: {len(model.train_indices)} trained on, {len(model.validation_indices)} held out",
+        "| batch `batch` | a, b (2) |",
+        "| labels `type` | x, y, z (3) |",
+        f"| sccvae | {sccvae.__version__} |",
+        f"negative ELBO, validation cells | {model.history['elbo_validation'].min().item():.2f}",
+        "| expected_calibration_error |",
+        "p: p(x|z,c) p(z)",
+        "model.load_query(adata)",
+    ):
+        assert text in card, text
+    assert str(tmp_path) not in card
+
+
+# Labels
+
+
+def test_normals_and_their_posterior_against_scipy():
+    rng = np.random.default_rng(0)
+    codes = np.repeat([0, 1, 2], [3000, 2000, 1000])
+    mean, root = rng.normal(size=(3, 2)) * 3, rng.normal(size=(3, 2, 2))
+    z = mean[codes] + np.einsum("nij,nj->ni", root[codes], rng.normal(size=(6000, 2)))
+    known = _normals(z, codes, 4)  # the last class has no cell
+    score, log_q = _against_classes(z[::50], None, known)
+    densities = []
+    for k in range(3):
+        own = z[codes == k]
+        assert np.allclose(known["means"][k], own.mean(0))
+        cov = np.asarray(known["covariances"][k])
+        assert np.allclose(cov, np.cov(own.T, bias=True), atol=0.15 * np.abs(cov).max())
+        densities.append(known["shares"][k] * multivariate_normal(own.mean(0), cov).pdf(z[::50]))
+    total = np.sum(densities, 0)
+    assert np.allclose(score, -np.log(total))
+    assert np.allclose(np.exp(log_q)[:, :3], np.stack(densities, 1) / total[:, None], atol=1e-9)
+    assert (np.exp(log_q)[:, 3] == 0).all()
+
+
+def test_temperature_is_found_again():
+    """Labels drawn from known probabilities, reported three times too sharp: the temperature is three."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20_000, 4)) * 2
+    q = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    codes = (q.cumsum(1) > rng.uniform(size=(20_000, 1))).argmax(1)
+    sharp = 3 * logits
+    found = _calibrate(sharp - np.log(np.exp(sharp).sum(1, keepdims=True)), codes)
+    assert found["temperature"] == pytest.approx(3, rel=0.05)
+    assert found["expected_calibration_error"] < 0.015
+    assert found["expected_calibration_error_before"] > 0.1
+    assert found["accuracy"] == pytest.approx((q.argmax(1) == codes).mean())
+
+
+def test_calibration_error_by_hand():
+    q = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
+    # Two bins of ten: 0.9 with one of two right, and 0.6 and 0.7, each right.
+    assert calibration_error(q, np.array([0, 1, 1, 1]), bins=10) == pytest.approx((2 * 0.4 + 0.4 + 0.3) / 4)
+
+
+@pytest.mark.parametrize("nan_labels", [False, True])
+def test_labels_are_transferred(planted_reference, nan_labels):
+    model, cells = planted_reference
+    truth = cells.obs["type"].astype(str).to_numpy()
+    cells = cells.copy()
+    if nan_labels:
+        cells.obs["type"] = np.nan
+    query = model.load_query(cells)
+    assert query.query_report["n_unlabelled"] == (len(truth) if nan_labels else 0)
+    query.train(accelerator="cpu", progress_bar=False)
+    table = query.transfer_labels()
+    assert list(table) == ["label", "best_label", "probability", "uncertainty", "outlier_score"]
+    assert (table["best_label"].astype(str) == truth).mean() > 0.9
+    assert np.allclose(table["probability"] + table["uncertainty"], 1)
+    every = query.transfer_labels(unknown_threshold=None)
+    assert (every["label"].astype(str) == every["best_label"].astype(str)).all()
+    unknown = table["label"] == "unknown"
+    assert (query.transfer_labels(unknown_threshold=0.2)["label"] == "unknown").sum() > unknown.sum()
+    assert (unknown == (table["outlier_score"] > query.unknown_score(0.99))).all()
+    assert 0 <= query.calibration["expected_calibration_error"] < 0.2
+    with pytest.raises(ValueError, match=r"unknown_threshold=3 must be a share"):
+        query.transfer_labels(unknown_threshold=3)
+
+
+def test_held_out_cells_of_the_reference_are_known(planted_reference):
+    model, _ = planted_reference
+    share = (model.transfer_labels(indices=model.validation_indices)["label"] == "unknown").mean()
+    assert share <= 2 / len(model.validation_indices)
+
+
+def test_gmvae_transfers_by_its_classes():
+    adata = planted(240)
+    adata.obs.loc[adata.obs_names[::4], "type"] = np.nan
+    setup = {"batch_key": "batch", "labels_key": "type"}
+    reference = adata[adata.obs["batch"] != "c"].copy()
+    GMVAE.setup_anndata(reference, **setup)
+    model = GMVAE(reference, **TINY | {"n_latent": 3, "n_hidden": 24})
+    model.train(**FAST | {"max_epochs": 20})
+    shares = model.reference["component_shares"]
+    cells = adata[adata.obs["batch"] == "c"].copy()
+    cells.obs.loc[cells.obs["type"] == "x", "type"] = "of no reference"
+    query = model.load_query(cells)
+    assert query.query_report["unknown_labels"] == ["of no reference"]
+    query.train(**FAST)
+    assert query.reference["component_shares"] == shares
+    table = query.transfer_labels()
+    assert (table["best_label"].astype(str) == query.predict().astype(str)).all()
+    temperature = query.calibration["temperature"]
+    q = query.predict_proba().astype(np.float64) ** (1 / temperature)
+    assert np.allclose(table["probability"], (q / q.sum(1, keepdims=True)).max(1), atol=1e-4)
+
+
+def test_categories_keep_their_type():
+    adata = toy_counts()
+    adata.obs["batch"] = adata.obs["treated"]
+    query = make(CVAE, adata).load_query(query_of(batch=7))
+    assert query.schema.categories["batch"].tolist() == [0, 1, 7]
+
+
+# In one call
+
+
+def test_map_query(planted_reference, tmp_path):
+    model, cells = planted_reference
+    model.save(tmp_path / "reference")
+    options = {"accelerator": "cpu", "progress_bar": False, "max_epochs": 3}
+    found = sccvae.tl.map_query(cells, tmp_path / "reference", copy=True, train_options=options)
+    assert "X_mapped" not in cells.obsm
+    wanted = model.load_query(cells)
+    wanted.train(**options)
+    assert np.array_equal(found.obsm["X_mapped"], wanted.get_latent_representation())
+    table = wanted.transfer_labels()
+    assert (found.obs["mapped_label"] == table["label"]).all()
+    assert np.array_equal(found.obs["mapped_uncertainty"], table["uncertainty"])
+    assert found.uns["mapped"]["query"]["new_categories"]["batch"] == ["c"]
+    found.write_h5ad(tmp_path / "mapped.h5ad")
+    with pytest.raises(ValueError, match="must be a share"):
+        sccvae.tl.map_query(cells, model, unknown_threshold=2)
+    with pytest.raises(TypeError, match="not int"):
+        sccvae.tl.map_query(cells, 3)
