@@ -325,10 +325,12 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
     ) -> Iterator[Batch]:
         """Mini-batches of cells, in order, on the module's device."""
         self._check_if_trained(warn=True)
-        store = self._store(adata)
-        loader = ChunkLoader(store, self._rows(adata, indices), batch_size or INFERENCE_BATCH)
+        yield from self._batches(self._store(adata), self._rows(adata, indices), batch_size)
+
+    def _batches(self, store: CellStore, rows: np.ndarray, batch_size: int | None = None) -> Iterator[Batch]:
+        """:meth:`_stream` of rows (n,) of cells that were read already."""
         self.module.eval()
-        for chunk in loader:
+        for chunk in ChunkLoader(store, rows, batch_size or INFERENCE_BATCH):
             for tensors in chunk:
                 yield Batch(**{name: t.to(self.module.device) for name, t in tensors.items()})
 

@@ -1,0 +1,192 @@
+"""Differential expression: planted genes, false discoveries, and scvi-tools' own computation as a reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _models import make, trained
+from anndata import AnnData
+from scipy import sparse
+from scvi.model.base import DifferentialComputation
+
+from sccvae.model import CVAE, VAE
+from sccvae.model._differential import expected_fdr
+
+N, G, CHANGED = 600, 200, 30
+
+
+def planted_cells(seed: int) -> AnnData:
+    """Two types, 30 genes changed fourfold, the total unchanged; two batches with gene factors of their own."""
+    rng = np.random.default_rng(seed)
+    kind, batch = rng.integers(0, 2, (2, N))
+    change = np.repeat([2.0, -2.0, 0.0], [CHANGED // 2, CHANGED // 2, G - CHANGED])
+    base = rng.lognormal(1, 0.7, G)
+    base[CHANGED // 2 : CHANGED] = 4 * base[: CHANGED // 2]
+    rate = base * 2 ** (kind[:, None] * change) * rng.lognormal(0, 0.6, (2, G))[batch]
+    obs = pd.DataFrame({"type": np.array(["t0", "t1"])[kind], "batch": np.array(["a", "b"])[batch]})
+    obs.index = [f"cell{i}" for i in range(N)]
+    var = pd.DataFrame({"change": change}, index=[f"gene{j}" for j in range(G)])
+    return AnnData(sparse.csr_matrix(rng.poisson(rate).astype(np.float32)), obs=obs, var=var)
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def planted(request) -> CVAE:
+    adata = planted_cells(request.param)
+    adata.obs["coin"] = np.random.default_rng(9).choice(["heads", "tails"], N)
+    CVAE.setup_anndata(adata, batch_key="batch")
+    model = CVAE(adata, n_latent=4, n_hidden=32, seed=request.param)
+    model.train(40, progress_bar=False, accelerator="cpu", lr=4e-3)
+    return model
+
+
+QUIET = {"silent": True}
+
+
+def test_planted_genes_are_found_at_the_stated_rate(planted):
+    table = planted.differential_expression(groupby="type", group1="t1", group2="t0", **QUIET)
+    change = planted.adata.var["change"].loc[table.index]
+    called = table["is_de_fdr_0.05"]
+    assert (change[called] == 0).mean() <= 0.07
+    assert called[change != 0].mean() >= 0.8
+    assert np.abs(table["lfc_median"] - change)[change != 0].median() < 0.4
+    assert (np.sign(table["lfc_median"]) == np.sign(change))[called & (change != 0)].all()
+    assert table["proba_de"].is_monotonic_decreasing
+
+
+def test_groups_without_a_difference(planted):
+    table = planted.differential_expression(groupby="coin", group1="heads", **QUIET)
+    assert not table["is_de_fdr_0.05"].any()
+
+
+def test_a_difference_of_batches_is_none_of_groups(planted):
+    table = planted.differential_expression(groupby="batch", group1="a", group2="b", **QUIET)
+    assert not table["is_de_fdr_0.05"].any()
+    own = planted.differential_expression(groupby="batch", group1="a", group2="b", batch_correction=False, **QUIET)
+    assert own["is_de_fdr_0.05"].mean() > 0.2
+
+
+@pytest.mark.parametrize("mode", ["change", "vanilla"])
+@pytest.mark.parametrize("name", ["cvae-nb", "vae-poisson"])
+def test_probabilities_are_those_of_scvi_tools(name, mode):
+    """scvi-tools' public computation on draws of the same model."""
+    model = trained(name)
+    donor = model.adata.obs["donor"].to_numpy()
+
+    def draws(adata, indices, transform_batch, n_samples_overall):
+        rng = np.random.default_rng(len(indices))
+        codes = None if name.startswith("vae") else model.schema.code("batch", transform_batch)
+        with torch.no_grad():
+            parts = []
+            for batch in model._stream(adata, rng.choice(indices, n_samples_overall)):
+                if codes is not None:
+                    batch.codes[:, 0] = codes
+                z = model.module.inference(batch)["z"].sample()
+                parts.append(model.module.generative({"z": z}, batch).expression())
+        return torch.cat(parts).numpy()
+
+    reference = DifferentialComputation(draws, None, model.adata_manager)
+    options = {"mode": mode, "delta": 0.1, "pseudocounts": 1e-4} if mode == "change" else {"mode": mode}
+    wanted = reference.get_bayes_factors(donor == "d1", donor == "d2", n_samples_overall=20_000, **options)
+    options |= {"n_samples_overall": 20_000, "all_stats": False}
+    got = model.differential_expression(groupby="donor", group1="d1", group2="d2", **options, **QUIET)
+    got = got.loc[model.adata.var_names]
+    probas = ["proba_de", "proba_not_de"] if mode == "change" else ["proba_m1", "proba_m2"]
+    for column in probas:
+        np.testing.assert_allclose(got[column], wanted[column], atol=0.02)
+    for column in ("scale1", "scale2"):
+        np.testing.assert_allclose(got[column], wanted[column], rtol=0.02)
+    assert set(wanted) <= set(got.columns)
+
+
+def test_what_was_observed():
+    model = trained("cvae-nb")
+    adata = model.adata
+    x = pd.DataFrame(adata.X.toarray().astype(float), index=adata.obs_names, columns=adata.var_names)
+    table = model.differential_expression(groupby="donor", n_samples_overall=50, batch_size=7, **QUIET)
+    assert list(dict.fromkeys(table["comparison"])) == ["d1 vs Rest", "d2 vs Rest", "d3 vs Rest"]
+    assert len(table) == 3 * adata.n_vars
+    for donor, part in table.groupby("group1"):
+        for k, cells in (("1", adata.obs["donor"] == donor), ("2", adata.obs["donor"] != donor)):
+            group = x[cells.to_numpy()]
+            np.testing.assert_allclose(part[f"raw_mean{k}"], group.mean().loc[part.index])
+            np.testing.assert_allclose(part[f"non_zeros_proportion{k}"], (group > 0).mean().loc[part.index])
+            scaled = group.div(group.sum(axis=1), axis=0) * 1e4
+            np.testing.assert_allclose(part[f"raw_normalized_mean{k}"], scaled.mean().loc[part.index], rtol=1e-6)
+
+
+def test_expected_rate_by_hand():
+    rate = expected_fdr(np.array([0.5, 1.0, 0.9, 0.98]))
+    np.testing.assert_allclose(rate, [(0 + 0.02 + 0.1 + 0.5) / 4, 0, (0 + 0.02 + 0.1) / 3, 0.01])
+
+
+def test_selections_are_as_good_as_groups():
+    model = trained("cvae-nb")
+    donor = model.adata.obs["donor"].to_numpy()
+    options = {"n_samples_overall": 200, **QUIET}
+    wanted = model.differential_expression(groupby="donor", group1="d1", group2="d3", **options)
+    names = ["comparison", "group1", "group2"]
+    for one, two in [
+        (donor == "d1", donor == "d3"),
+        (np.flatnonzero(donor == "d1"), np.flatnonzero(donor == "d3")),
+        ("donor == 'd1'", "donor == 'd3'"),
+    ]:
+        got = model.differential_expression(idx1=one, idx2=two, **options)
+        pd.testing.assert_frame_equal(got.drop(columns=names), wanted.drop(columns=names))
+    rest = model.differential_expression(groupby="donor", group1="d1", **options)
+    got = model.differential_expression(idx1=donor == "d1", **options)
+    pd.testing.assert_frame_equal(got.drop(columns=names), rest.drop(columns=names))
+
+
+def test_cells_without_a_group_are_left_out():
+    model = trained("cvae-nb")
+    adata = model.adata.copy()
+    adata.obs["group"] = pd.Categorical(adata.obs["donor"].where(adata.obs["donor"] != "d3"))
+    two = model.differential_expression(adata, "group", "d1", n_samples_overall=100, **QUIET)
+    wanted = model.differential_expression(adata, "donor", "d1", "d2", n_samples_overall=100, **QUIET)
+    pd.testing.assert_frame_equal(two.iloc[:, :-3], wanted.iloc[:, :-3])
+
+
+def test_other_likelihoods_give_differences_of_means():
+    model = trained("cvae-normal")
+    table = model.differential_expression(groupby="donor", group1="d1", group2="d2", n_samples_overall=4000, **QUIET)
+    assert np.allclose(table["lfc_mean"], table["scale1"] - table["scale2"], atol=1e-4)
+    assert "raw_normalized_mean1" not in table
+
+
+def test_the_same_seed_gives_the_same_table():
+    model = trained("vae-nb")
+    options = {"groupby": "donor", "group1": "d1", "n_samples_overall": 60, **QUIET}
+    pd.testing.assert_frame_equal(model.differential_expression(**options), model.differential_expression(**options))
+    other = model.differential_expression(seed=1, **options)
+    assert not np.allclose(other["lfc_mean"], model.differential_expression(**options)["lfc_mean"].loc[other.index])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "Give either groupby=.*or idx1="),
+        ({"groupby": "donor", "idx1": [1]}, ValueError, "Give either groupby=.*or idx1="),
+        ({"groupby": "colour"}, KeyError, r"no adata.obs\['colour'\]; the columns are"),
+        ({"groupby": "donor", "group1": "d9"}, ValueError, r"has no cells in \['d9'\]; its groups are \['d1'"),
+        ({"groupby": "donor", "group1": "d1", "group2": "d1"}, ValueError, "are both 'd1'"),
+        ({"idx1": [True, False]}, ValueError, "idx1 is a mask of 2 values, but there are 48 cells"),
+        ({"idx1": "donor == 'd1'", "idx2": "donor == 'x'"}, ValueError, "idx2 selects no cell"),
+        ({"groupby": "donor", "mode": "t-test"}, ValueError, "choose mode='change' or 'vanilla'"),
+        ({"groupby": "donor", "fdr_target": 5}, ValueError, "fdr_target=5 must lie between 0 and 1"),
+        ({"groupby": "donor", "delta": -1}, ValueError, "delta=-1 must not be negative"),
+    ],
+)
+def test_bad_input_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        trained("cvae-nb").differential_expression(**options)
+
+
+def test_no_batch_to_correct_for():
+    with pytest.raises(ValueError, match=r"batch_correction=True: this VAE does not decode from the batch\. Use a CVAE"):
+        trained("vae-nb").differential_expression(groupby="donor", batch_correction=True)
+    alone = make(VAE, planted_cells(0)[:40].copy(), setup={}, train=False)
+    alone.adata.obs["one"] = "x"
+    with pytest.raises(ValueError, match="has 1 group: differential expression compares two"):
+        alone.differential_expression(groupby="one")
