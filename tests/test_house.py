@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"anndata", "lightning", "numpy", "pandas", "rich", "safetensors", "scipy", "scvi", "torch", "tqdm"},
     ),
     "metrics": (set(), {"numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
-    "pl": (set(), {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
+    "pl": ({"metrics"}, {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
     "tl": ({"metrics", "model"}, {"anndata", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm"}),
     "cli": (
         {"_cli_parsers", "_demo", "datasets", "metrics", "model", "pl", "tl"},
@@ -62,7 +62,7 @@ STAYS_UNLOADED = {
 }
 DISTRIBUTION_OF = {"scib_metrics": "scib-metrics", "scvi": "scvi-tools", "sklearn": "scikit-learn"}
 # What a function of tl or pl works on comes first and has one of these names.
-FIRST_PARAMETERS = {"adata", "images", "model", "model_or_history"}
+FIRST_PARAMETERS = {"adata", "images", "model", "model_or_history", "predicted", "table"}
 MOST_POSITIONAL = 5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._cluster import cluster
 from ._consensus import consensus
 from ._correct import correct
+from ._counterfactual import counterfactual
 from ._embed import embed
 
-__all__ = ["cluster", "consensus", "correct", "embed"]
+__all__ = ["cluster", "consensus", "correct", "counterfactual", "embed"]
