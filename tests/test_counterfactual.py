@@ -16,7 +16,6 @@ from scipy import sparse
 from sccvae import tl
 from sccvae.metrics import r_squared_of_means
 from sccvae.model import CVAE, GMVAE, VAE
-from sccvae.model._counterfactual import kernel_mean
 
 KEYS = {
     "batch_key": "batch",
@@ -222,44 +221,6 @@ def test_a_type_that_lacks_a_state_does_not_count():
     adata.obs["type"] = pd.Series(np.where(is_t0, None, types), adata.obs_names, dtype=object)
     with pytest.raises(ValueError, match=r"No cell type in obs\['type'\] has cells of both 'a' \(\['t1'\]\)"):
         model.latent_delta("a", "b", cell_type_key="type")
-
-
-def test_near_types_weigh_more():
-    """Two groups of types that differ in their response: those of the own group predict best."""
-    rng = np.random.default_rng(0)
-    places = np.array([0.0, 1, 2, 10, 11, 12])
-    deltas = np.stack([np.where(places < 5, 1.0, 3.0), np.ones(6)], axis=1)
-    cells = [np.stack([p + 0.1 * rng.normal(size=30), np.zeros(30)], axis=1) for p in places]
-    near = np.array([[11.5, 0.0]])
-    np.testing.assert_allclose(kernel_mean(near, deltas, cells, np.ones(6)), [3, 1], atol=1e-6)
-    np.testing.assert_allclose(kernel_mean(near, deltas[:2], cells[:2], np.ones(2)), deltas[:2].mean(0))
-    # differences that have nothing to do with the place: equal weights make the smallest error
-    noise = np.array([[1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0]])
-    at_ends = [c[:, :1] for c in cells]
-    assert abs(kernel_mean(near[:, :1], noise, at_ends, np.ones(6))) < 0.4
-
-
-def test_local_delta_lies_between_those_of_the_types():
-    model = trained("vae-nb")
-    rows = np.flatnonzero(model.adata.obs["batch"] == "a")
-    near = model.get_latent_representation(indices=rows)
-    delta = model.latent_delta("a", "b", cell_type_key="donor", near=near)
-    obs, z = model.adata.obs, model.get_latent_representation()
-    each = []
-    for d in ("d1", "d2", "d3"):
-        own, in_b = (obs["donor"] == d).to_numpy(), (obs["batch"] == "b").to_numpy()
-        each.append(z[own & in_b].mean(0) - z[own & ~in_b].mean(0))
-    assert (delta >= np.min(each, 0) - 1e-6).all()
-    assert (delta <= np.max(each, 0) + 1e-6).all()
-    got = model.predict_perturbation("a", "b", cell_type_key="donor", local=True)
-    drawn = model._expression(
-        None, rows, [model._shift(delta)], gene_list=None, library_size=1, n_samples=1, return_numpy=True, out=None,
-        batch_size=None, seed=0,
-    )  # fmt: skip
-    np.testing.assert_allclose(got, drawn, rtol=1e-5)
-    for near_, key in ((near, None), (near[:, :1], "donor")):
-        with pytest.raises(ValueError, match=r"near must be latent coordinates \(n, 2\)"):
-            model.latent_delta("a", "b", cell_type_key=key, near=near_)
 
 
 @pytest.mark.parametrize("name", ["vae-nb", "vae-normal", "cvae-nb", "ae"])

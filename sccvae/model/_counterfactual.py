@@ -23,7 +23,6 @@ class PerturbationMixin(DecodingMixin):
         *,
         condition_key: str | None = None,
         cell_type_key: str | None = None,
-        local: bool = False,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         gene_list: Sequence[str] | None = None,
@@ -48,9 +47,6 @@ class PerturbationMixin(DecodingMixin):
             Column of ``obs`` of the training data; None for ``batch_key``.
         cell_type_key
             Column of ``obs`` of the training data that is balanced over, see :meth:`latent_delta`.
-        local
-            Give cell types that are close to these cells more weight: ``latent_delta(near=...)``. For cells of one
-            type.
         adata
             Cells to perturb, in the state ``source``; None for the training data.
         indices
@@ -73,9 +69,8 @@ class PerturbationMixin(DecodingMixin):
         """
         if adata is None and indices is None:
             indices = self._in_state(condition_key, source)
-        near = self.get_latent_representation(adata, indices, batch_size=batch_size) if local else None
         delta = self.latent_delta(
-            source, target, condition_key=condition_key, cell_type_key=cell_type_key, near=near, batch_size=batch_size
+            source, target, condition_key=condition_key, cell_type_key=cell_type_key, batch_size=batch_size
         )
         return self._expression(
             adata,
@@ -97,7 +92,6 @@ class PerturbationMixin(DecodingMixin):
         *,
         condition_key: str | None = None,
         cell_type_key: str | None = None,
-        near: np.ndarray | None = None,
         batch_size: int | None = None,
     ) -> np.ndarray:
         """Mean of z of the perturbed training cells minus that of the others.
@@ -115,12 +109,6 @@ class PerturbationMixin(DecodingMixin):
         cell_type_key
             Column of ``obs`` of the training data with types to balance; None takes all cells alike. Cells without a
             type (NaN) are left out.
-        near
-            Latent coordinates (n, n_latent) of the cells that are to be perturbed. The differences are then averaged
-            with weights that fall with the distance between a cell and the mean of a type before the perturbation
-            (normal kernel, the mean over the cells): types that are alike respond alike. The width of the kernel is
-            the one that predicts the difference of each type best from those of the others (leave one out); equal
-            weights are among the choices. Needs ``cell_type_key``.
         batch_size
             Cells at a time.
 
@@ -133,12 +121,7 @@ class PerturbationMixin(DecodingMixin):
         KeyError
             If a column does not exist.
         ValueError
-            If the model has no data, a state has no cells, no cell type has both, or ``near`` does not fit.
-
-        References
-        ----------
-        Lotfollahi, Wolf & Theis 2019, as in :meth:`predict_perturbation`; with ``near``, the kernel regression of
-        Nadaraya 1964 and Watson 1964 on the differences.
+            If the model has no data, a state has no cells, or no cell type has both.
         """
         obs = self._given(None).obs
         groups = [self._in_state(condition_key, state) for state in (source, target)]
@@ -147,11 +130,11 @@ class PerturbationMixin(DecodingMixin):
             raise KeyError(msg)
         types = pd.Series("all", obs.index) if cell_type_key is None else obs[cell_type_key]
         types = types.astype(object).to_numpy()
-        frames = []
+        means = []
         for rows in groups:
             z = self.get_latent_representation(indices=rows, batch_size=batch_size)
-            frames.append(pd.DataFrame(z, dtype=np.float64).groupby(types[rows]))  # which leaves NaN out
-        before, after = (frame.mean() for frame in frames)
+            means.append(pd.DataFrame(z, dtype=np.float64).groupby(types[rows]).mean())  # leaves NaN out
+        before, after = means
         both = before.index.intersection(after.index)
         if not len(both):
             msg = (
@@ -159,19 +142,7 @@ class PerturbationMixin(DecodingMixin):
                 f"{target!r} ({list(after.index)}), so there is no difference to learn."
             )
             raise ValueError(msg)
-        deltas = (after.loc[both] - before.loc[both]).to_numpy()
-        if near is None:
-            return deltas.mean(axis=0)
-        near = np.asarray(near, dtype=np.float64)
-        if cell_type_key is None or near.ndim != 2 or near.shape[1] != deltas.shape[1] or not len(near):
-            msg = (
-                f"near must be latent coordinates (n, {deltas.shape[1]}), not {near.shape}, and cell_type_key= name "
-                f"the types whose differences are weighted, not {cell_type_key!r}."
-            )
-            raise ValueError(msg)
-        cells = [frames[0].get_group(name).to_numpy() for name in both]
-        sizes = [frame.size().loc[both].to_numpy() for frame in frames]
-        return kernel_mean(near, deltas, cells, sizes[0] * sizes[1] / (sizes[0] + sizes[1]))
+        return (after.loc[both] - before.loc[both]).to_numpy().mean(axis=0)
 
     def _in_state(self, key: str | None, state: Any) -> np.ndarray:
         """Rows of the training data whose condition is ``state``, (n,) int64."""
@@ -268,44 +239,3 @@ class CounterfactualMixin(DecodingMixin):
             batch_size=batch_size,
             seed=seed,
         )
-
-
-def kernel_mean(near: np.ndarray, deltas: np.ndarray, cells: Sequence[np.ndarray], precision: np.ndarray) -> np.ndarray:
-    """Mean of the differences of cell types, weighted by how close each type is to given cells.
-
-    Parameters
-    ----------
-    near
-        Cells to predict for, (n, d).
-    deltas
-        Difference of each type, (n_types, d).
-    cells
-        For each type its cells before the perturbation, (n_cells, d).
-    precision
-        For each type the reciprocal of the variance of its difference, up to a factor: what its error counts when the
-        width of the kernel is chosen.
-
-    Returns
-    -------
-    (d,).
-    """
-    centers = np.stack([z.mean(axis=0) for z in cells])
-    n = len(centers)
-    if n < 3:  # nothing to choose a width by
-        return deltas.mean(axis=0)
-    between = np.square(centers[:, None] - centers).sum(-1)[np.triu_indices(n, 1)]
-    widths = [*(np.median(between) * 2.0 ** np.arange(-5, 4)), np.inf]
-    others = [np.arange(n) != i for i in range(n)]
-
-    def error(width: float) -> float:
-        found = [_weights(z, centers[o], width) @ deltas[o] for z, o in zip(cells, others, strict=True)]
-        return float(precision @ np.square(found - deltas).sum(-1))
-
-    return _weights(near, centers, min(widths, key=error)) @ deltas
-
-
-def _weights(z: np.ndarray, centers: np.ndarray, width: float) -> np.ndarray:
-    """Weight of each of the ``centers`` (n_types, d) for the cells ``z`` (n, d), mean over the cells: (n_types,)."""
-    distance = np.square(z[:, None] - centers).sum(-1)
-    kernel = np.exp(-(distance - distance.min(axis=1, keepdims=True)) / (2 * width))
-    return (kernel / kernel.sum(axis=1, keepdims=True)).mean(axis=0)

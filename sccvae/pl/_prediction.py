@@ -80,7 +80,7 @@ def counterfactual(
         text += f"\nR² = {r2:.3f} (top {len(top)} differential)"
 
     if ax is None:
-        ax = panels(1, 1, width=4.6, height=4.4)[1][0, 0]
+        ax = panels(1, 1, width=5.0, height=4.4)[1][0, 0]
     end = 1.04 * max(x.max(), y.max())
     ax.plot([0, end], [0, end], color="#555555", linewidth=0.8, linestyle="--", zorder=1)
     rest = np.setdiff1d(np.arange(len(x)), top)
@@ -130,7 +130,7 @@ def posterior_predictive(table: pd.DataFrame, *, title: str | None = None) -> np
             log=name != "zero_fraction",
         )
         share = table[f"{name}_inside"].mean()
-        ax.set_title(f"{label}: {share:.0%} of {len(table):,} genes inside", fontsize=NORMAL)
+        ax.set_title(f"{label}: {share:.0%} of genes inside", fontsize=NORMAL)
         ax.set(xlabel=f"{label}, cells", ylabel=f"{label}, model")
     if title is not None:
         figure.suptitle(plain(title), fontsize=NORMAL)
@@ -158,25 +158,28 @@ def _band(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, inside: np
 
 
 def _label(ax: Axes, x: np.ndarray, y: np.ndarray, which: np.ndarray, names: np.ndarray) -> None:
-    """Name points in two columns of text, left of those above the diagonal and right of the others, kept apart."""
-    for side, above in ((-1, True), (1, False)):
-        chosen = [i for i in which if (y[i] >= x[i]) == above]
-        last = -np.inf
-        for i in sorted(chosen, key=lambda i: y[i]):
-            _, at = ax.transData.transform((x[i], y[i])) * 72 / ax.figure.dpi  # points
-            place = max(at, last + SMALL + 1)
-            last = place
-            ax.annotate(
-                plain(names[i]),
-                (x[i], y[i]),
-                xytext=(side * 12, place - at),
-                textcoords="offset points",
-                ha="right" if side < 0 else "left",
-                va="center",
-                fontsize=SMALL - 1,
-                arrowprops={"arrowstyle": "-", "color": "#777777", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
-                zorder=5,
-            )
+    """Name points in a column right of the panel, in the order of their height and kept apart."""
+    low, high = ax.get_ylim()
+    order = sorted(which, key=lambda i: y[i])
+    places = np.array([(y[i] - low) / (high - low) for i in order])
+    gap = 0.045
+    for k in range(1, len(places)):
+        places[k] = max(places[k], places[k - 1] + gap)
+    top = 1.0
+    for k in range(len(places) - 1, -1, -1):  # and down again, where the column would stand out at the top
+        places[k] = top = min(places[k], top)
+        top -= gap
+    for i, place in zip(order, places, strict=True):
+        ax.annotate(
+            plain(names[i]),
+            (x[i], y[i]),
+            xytext=(1.02, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=SMALL,
+            arrowprops={"arrowstyle": "-", "color": "#777777", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 2},
+            zorder=5,
+        )
 
 
 def _values(group: Any) -> np.ndarray:
