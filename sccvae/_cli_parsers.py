@@ -46,6 +46,18 @@ def parser(run: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
                          "on disk, and write to OUT.h5ad everything but X and the other layers")  # fmt: skip
     _training_options(correct, models=("cvae",))
 
+    what_if = _command(
+        commands, "counterfactual", run, "write expression under another condition to layers", WHAT_IF_HELP
+    )
+    _files(what_if)
+    what_if.add_argument("--condition", action="append", type=_assignment, required=True, metavar="KEY=VALUE",
+                         help="give every cell this value of a column of obs; repeat it for several")  # fmt: skip
+    what_if.add_argument("--key", default="counterfactual", metavar="KEY",
+                         help="key of layers and uns (default: counterfactual)")  # fmt: skip
+    what_if.add_argument("--library-size", type=_library_size, metavar="N", help="sum of a cell's counts, or 'latent' "
+                         "for the cell's own (default: 10000; only for counts)")  # fmt: skip
+    _training_options(what_if, models=("cvae",))
+
     cluster = _command(commands, "cluster", run, "write clusters and their probabilities to obs and obsm", CLUSTER_HELP)
     _files(cluster)
     cluster.add_argument("--key", metavar="KEY", help="name of the results (default: gmvae)")
@@ -88,6 +100,16 @@ obsm["X_cvae"]. The model is a saved one (--model-dir) or trained on the fly on 
 examples:
   sccvae correct cells.h5ad corrected.h5ad --layer counts --batch-key batch --reference donor1
   sccvae correct cells.h5ad corrected.h5ad --model-dir cvae_model
+"""
+WHAT_IF_HELP = """\
+Write the expression that the cells of IN.h5ad would have under another condition to
+layers["counterfactual"] in OUT.h5ad (counts per 10,000; take log1p to compare), and the embedding to
+obsm["X_cvae"]. The model is a saved one (--model-dir) or trained on the fly on the same cells; then
+the first condition is its --batch-key, unless you name another.
+
+examples:
+  sccvae counterfactual cells.h5ad stimulated.h5ad --layer counts --condition treatment=stim
+  sccvae counterfactual cells.h5ad stimulated.h5ad --model-dir cvae_model --condition treatment=stim
 """
 CLUSTER_HELP = """\
 Cluster the cells of IN.h5ad with a Gaussian-mixture VAE. Writes obs["gmvae"] (the cluster),
@@ -173,6 +195,14 @@ def _h5ad(text: str) -> Path:
         msg = f"{text!r} must end in .h5ad"
         raise argparse.ArgumentTypeError(msg)
     return Path(text)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key and sign and value):
+        msg = f"{text!r} must be KEY=VALUE"
+        raise argparse.ArgumentTypeError(msg)
+    return key, value
 
 
 def _positive(text: str) -> int:

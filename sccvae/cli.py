@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit code: 0; 1 after an error, told in one line on stderr; 130 after Ctrl-C, 143 after SIGTERM. Wrong usage and
     ``--help`` end in ``SystemExit``, with 2 and 0, as argparse does.
     """
-    run = {"train": _train, "embed": _embed, "correct": _correct, "cluster": _cluster, "map": _map, "demo": _demo}
+    run = {"train": _train, "embed": _embed, "correct": _correct, "counterfactual": _counterfactual}
+    run |= {"cluster": _cluster, "map": _map, "demo": _demo}
     args = parser(run).parse_args(argv)
     with _signals() as received, warnings.catch_warnings():
         warnings.showwarning = _show_all_warnings if args.debug else _show_warning
@@ -120,6 +121,21 @@ def _correct(args: argparse.Namespace, received: list[int]) -> None:
         write_h5ad(adata, args.output)
     to = ", ".join(str(batch) for batch in adata.uns[args.key]["reference"])
     _report(args, f"{args.output}: layers[{args.key!r}] (as in {to}) and obsm[{adata.uns[args.key]['embedding']!r}]")
+
+
+def _counterfactual(args: argparse.Namespace, received: list[int]) -> None:
+    options = _options(args) | {"library_size": args.library_size, "key_added": args.key}
+    adata = _read(args.input)
+    from sccvae import tl
+
+    model = _model(args)
+    numbers = (args.continuous_covariate_keys or ()) if isinstance(model, str) else model.schema.continuous
+    condition = {key: float(value) if key in numbers else value for key, value in args.condition}
+    tl.counterfactual(adata, condition, model, **options)
+    _stop_if(received)
+    write_h5ad(adata, args.output)
+    conditions = ", ".join(f"{key} = {value}" for key, value in args.condition)
+    _report(args, f"{args.output}: layers[{args.key!r}] ({conditions}) and obsm[{adata.uns[args.key]['embedding']!r}]")
 
 
 def _cluster(args: argparse.Namespace, received: list[int]) -> None:

@@ -91,7 +91,7 @@ print(*({"anndata", "h5py", "lightning", "matplotlib", "numpy", "scanpy", "scvi"
     assert min(seconds) < 1  # the others tell what else the machine was doing
 
 
-@pytest.mark.parametrize("command", ["train", "embed", "correct", "cluster", "map", "demo"])
+@pytest.mark.parametrize("command", ["train", "embed", "correct", "counterfactual", "cluster", "map", "demo"])
 def test_every_command_explains_itself_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -172,6 +172,23 @@ def test_embed_trains_on_the_fly_as_tl_does(folder, capsys):
         train_options={"max_epochs": 2, "progress_bar": False},
     )
     assert np.array_equal(ad.read_h5ad("out.h5ad").obsm["X_cvae"], adata.obsm["X_cvae"])
+
+
+def test_counterfactual(folder, saved, capsys):
+    command = ["counterfactual", "cells.h5ad"]
+    assert main([*command, "a.h5ad", "--model-dir", str(saved), "--condition", "batch=2"]) == 0
+    assert "a.h5ad: layers['counterfactual'] (batch = 2) and obsm['X_cvae']" in capsys.readouterr().out
+    values = ad.read_h5ad("a.h5ad").layers["counterfactual"]
+    wanted = model.load(saved).predict_counterfactual(make_cells(), condition={"batch": "2"}, library_size=1e4)
+    np.testing.assert_allclose(values, wanted, rtol=1e-4)
+    donor = ["--layer", "counts", "--condition", "donor=x", "--library-size", "100", "--key", "as_x"]
+    assert main([*command, "b.h5ad", *donor, *FAST]) == 0
+    np.testing.assert_allclose(ad.read_h5ad("b.h5ad").layers["as_x"].sum(1), 100, rtol=1e-4)
+    assert main([*command, "c.h5ad", "--layer", "counts", "--condition", "donor=z", *FAST]) == 1
+    assert "it knows ['x', 'y']" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "c.h5ad", "--condition", "donor"])
+    assert "'donor' must be KEY=VALUE" in capsys.readouterr().err
 
 
 def test_correct_trains_on_the_fly(folder):

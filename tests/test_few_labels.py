@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 from test_guide import SIZES, make_blobs
 
-from sccvae.train.few_labels import classes_from_few, core, named_after, spread
+from sccvae.train.few_labels import classes_from_few, core, mean_recall, named_after, spread
 from sccvae.train.guide import neighbor_graph
 
 
@@ -101,7 +101,9 @@ def test_clusters_are_named_after_most_of_their_known_cells():
 @pytest.mark.parametrize("per_class", [1, 2, 10])
 def test_classes_of_blobs_from_few(blobs, per_class):
     graph, labels = blobs
-    assert (classes_from_few(graph, some_labels(labels, per_class), len(SIZES)) == labels).all()
+    found, recall = classes_from_few(graph, some_labels(labels, per_class), len(SIZES))
+    assert (found == labels).all()
+    assert recall == (per_class > 1)  # a single label cannot be held back
 
 
 def test_few_labels_name_clusters_where_spreading_errs(monkeypatch):
@@ -111,7 +113,7 @@ def test_few_labels_name_clusters_where_spreading_errs(monkeypatch):
     known = some_labels(labels, 5)
     used = []
     monkeypatch.setattr("sccvae.train.few_labels.spread", lambda *args, **options: used.append(1) or np.zeros((600, 2)))
-    found = classes_from_few(graph, known, 2)
+    found, _ = classes_from_few(graph, known, 2)
     assert used
     assert (found == labels).mean() > 0.97
 
@@ -120,7 +122,7 @@ def test_a_class_without_a_cluster_is_not_lost():
     """Three classes in two clusters: named clusters would know two of them."""
     z, labels = make_blobs([200, 200])
     classes = np.where((labels == 1) & (z[:, 0] > np.median(z[labels == 1, 0])), 2, labels)
-    found = classes_from_few(neighbor_graph(z), some_labels(classes, 20), 3)
+    found, _ = classes_from_few(neighbor_graph(z), some_labels(classes, 20), 3)
     assert set(found) == {0, 1, 2}
     assert (found == classes).mean() > 0.75
 
@@ -130,3 +132,8 @@ def test_held_back_labels_choose_the_best_way(caplog):
     with caplog.at_level("INFO", "sccvae.train.few_labels"):
         classes_from_few(neighbor_graph(z), some_labels(labels, 6), 2)
     assert "recall of held-back labels: {'spread 0.9': 1.0, 'spread 0.99': 1.0, 'named clusters': 1.0}" in caplog.text
+
+
+def test_recall_counts_small_classes_as_much():
+    classes, found = np.array([0] * 98 + [1, 1]), np.array([0] * 98 + [1, -1])
+    assert mean_recall(classes, found) == 0.75

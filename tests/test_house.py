@@ -40,11 +40,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"anndata", "lightning", "numpy", "pandas", "rich", "safetensors", "scipy", "scvi", "torch", "tqdm"},
     ),
     "metrics": (set(), {"numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
-    "pl": (set(), {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
     "tl": (
         {"data", "metrics", "model"},
         {"anndata", "h5py", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm", "zarr"},
     ),
+    "pl": ({"metrics"}, {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy"}),
     "cli": (
         {"_cli_parsers", "_demo", "data", "datasets", "metrics", "model", "pl", "tl"},
         {"anndata", "matplotlib", "numpy", "pandas", "scanpy", "scipy", "tqdm"},
@@ -68,7 +68,7 @@ STAYS_UNLOADED = {
 }
 DISTRIBUTION_OF = {"scib_metrics": "scib-metrics", "scvi": "scvi-tools", "sklearn": "scikit-learn"}
 # What a function of tl or pl works on comes first and has one of these names.
-FIRST_PARAMETERS = {"adata", "images", "model", "model_or_history"}
+FIRST_PARAMETERS = {"adata", "images", "model", "model_or_history", "predicted", "table"}
 MOST_POSITIONAL = 5
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
+from scipy import sparse, stats
 from sklearn.datasets import load_iris
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -213,3 +213,43 @@ def test_expression_errors(rng):
         metrics.gene_correlation(x, np.full((5, 3), np.inf))
     with pytest.raises(ValueError, match="x must be a finite matrix"):
         metrics.gene_correlation(x[0], x)
+
+
+def test_top_de_genes_by_ranks():
+    """Against the normal approximation of the rank-sum test with its correction for ties, gene by gene."""
+    rng = np.random.default_rng(0)
+    mean = rng.uniform(0.5, 3, 40)
+    change = np.where(np.arange(40) < 8, 3.0, 1.0)
+    change[3] = 0.2  # one goes down
+    x, control = rng.poisson(mean * change, (60, 40)), rng.poisson(mean, (50, 40))
+    z = []
+    for gene in range(40):
+        both = np.concatenate([x[:, gene], control[:, gene]])
+        ranks = stats.rankdata(both)
+        variance = 60 * 50 / 12 * 111 * stats.tiecorrect(ranks)
+        z.append(abs(ranks[:60].sum() - 60 * 111 / 2) / np.sqrt(variance))
+    wanted = np.argsort(-np.array(z))
+    assert metrics.top_de_genes(sparse.csr_matrix(x), control, 8).tolist() == wanted[:8].tolist()
+    assert set(wanted[:8]) == set(range(8))
+
+
+def test_de_overlap_and_scores_by_hand():
+    from sccvae.metrics import de_overlap, perturbation_scores, r_squared_of_means, top_de_genes
+
+    rng = np.random.default_rng(1)
+    control = rng.normal(size=(30, 20))
+    real, predicted = rng.normal(size=(30, 20)), rng.normal(size=(40, 20))
+    real[:, :4] += 9
+    predicted[:, 2:6] += 9  # finds 2 and 3
+    control[:, 19] = real[:, 19] = predicted[:, 19] = 1.0  # constant: never among the top
+    assert de_overlap(predicted, real, control, 4) == 0.5
+    scores = perturbation_scores(predicted, real, control, 4)
+    assert scores["de_overlap"] == 0.5
+    assert scores["r2"] == r_squared_of_means(predicted, real)
+    np.testing.assert_allclose(scores["r2_top"], r_squared_of_means(predicted[:, :4], real[:, :4]))
+    assert 19 not in top_de_genes(real, control, 19)
+    for wrong in (0, 21):
+        with pytest.raises(ValueError, match=f"n={wrong} be from 1"):
+            top_de_genes(real, control, wrong)
+    with pytest.raises(ValueError, match="must have the same genes"):
+        top_de_genes(real, control[:, 1:])

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from ._clustering import clustering, contingency, hungarian_accuracy, majority_accuracy
 from ._embedding import batch_mixing, knn_accuracy, label_silhouette
-from ._expression import gene_correlation, principal_angles, r_squared_of_means
+from ._expression import (
+    de_overlap,
+    gene_correlation,
+    perturbation_scores,
+    principal_angles,
+    r_squared_of_means,
+    top_de_genes,
+)
 
 __all__ = [
     "batch_mixing",
     "clustering",
     "contingency",
+    "de_overlap",
     "gene_correlation",
     "hungarian_accuracy",
     "knn_accuracy",
     "label_silhouette",
     "majority_accuracy",
+    "perturbation_scores",
     "principal_angles",
     "r_squared_of_means",
+    "top_de_genes",
 ]

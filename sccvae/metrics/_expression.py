@@ -71,6 +71,92 @@ def r_squared_of_means(x: ArrayLike, y: ArrayLike) -> float:
     return float(gene_correlation(x.mean(axis=0)[:, None], y.mean(axis=0)[:, None])[0] ** 2)
 
 
+def top_de_genes(x: ArrayLike, control: ArrayLike, n: int = 100) -> np.ndarray:
+    """Genes whose expression differs most between two groups of cells, up or down, by the Wilcoxon rank-sum test.
+
+    Parameters
+    ----------
+    x, control
+        (n_cells, n_genes) and (m_cells, n_genes): arrays or scipy sparse matrices with the same genes, normalised for
+        the depth of the cells. The order is the same on any monotone scale.
+    n
+        Number of genes.
+
+    Returns
+    -------
+    (n,) int64 column numbers, the most significant gene first (two-sided, corrected for ties; where p-values are equal,
+    as those that underflow to 0, by the distance of U from its mean).
+
+    Raises
+    ------
+    ValueError
+        If the numbers of genes differ, there are fewer than ``n``, or values are not finite.
+    """
+    from scipy.stats import mannwhitneyu
+
+    x, control = _matrix(x, "x"), _matrix(control, "control")
+    if x.shape[1] != control.shape[1] or not 1 <= n <= x.shape[1]:
+        msg = f"x {x.shape} and control {control.shape} must have the same genes, and n={n} be from 1 to their number."
+        raise ValueError(msg)
+    constant = (np.concatenate([x, control]) == x[0]).all(axis=0)  # no ranks to compare: last
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = mannwhitneyu(x, control, axis=0, method="asymptotic")
+    p = np.where(constant, 1.0, found.pvalue)
+    return np.lexsort((-np.abs(found.statistic / (len(x) * len(control)) - 0.5), p))[:n]
+
+
+def de_overlap(predicted: ArrayLike, real: ArrayLike, control: ArrayLike, n: int = 100) -> float:
+    """Share of the ``n`` most differential genes of a real response that a predicted response finds as well.
+
+    Parameters
+    ----------
+    predicted, real, control
+        Cells x genes, with the same genes, each group with cells of its own. The test looks at the spread over cells:
+        give predicted cells with the noise of measured ones (``posterior_predictive_sample``).
+    n
+        Number of genes; see :func:`top_de_genes`.
+
+    Returns
+    -------
+    From 0 to 1; genes chosen at random give ``n`` / number of genes.
+
+    Raises
+    ------
+    ValueError
+        As :func:`top_de_genes`.
+    """
+    return len(np.intersect1d(top_de_genes(predicted, control, n), top_de_genes(real, control, n))) / n
+
+
+def perturbation_scores(predicted: ArrayLike, real: ArrayLike, control: ArrayLike, n: int = 100) -> dict[str, float]:
+    """How well a predicted response agrees with the real one: what papers on perturbations report.
+
+    Parameters
+    ----------
+    predicted, real, control
+        Log-normalised expression, cells x genes, of predicted, perturbed and control cells with the same genes.
+    n
+        Number of differential genes, found between ``real`` and ``control``.
+
+    Returns
+    -------
+    ``r2``: :func:`r_squared_of_means` over all genes; ``r2_top``: over the ``n`` genes of :func:`top_de_genes`;
+    ``de_overlap``: :func:`de_overlap`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`top_de_genes` and :func:`r_squared_of_means`.
+    """
+    predicted, real = _matrix(predicted, "predicted"), _matrix(real, "real")
+    top = top_de_genes(real, control, n)
+    return {
+        "r2": r_squared_of_means(predicted, real),
+        "r2_top": r_squared_of_means(predicted[:, top], real[:, top]),
+        "de_overlap": de_overlap(predicted, real, control, n),
+    }
+
+
 def principal_angles(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     """Angles between the spans of the columns of two matrices.
 

@@ -9,11 +9,12 @@ from anndata import AnnData
 from sccvae import module
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._correction import CorrectionMixin
+from sccvae.model._counterfactual import PerturbationMixin
 from sccvae.model._latent import LatentMixin
 from sccvae.model._mapping import MappingMixin
 
 
-class AE(LatentMixin, CorrectionMixin, MappingMixin, BaseModel):
+class AE(LatentMixin, CorrectionMixin, PerturbationMixin, MappingMixin, BaseModel):
     """Autoencoder: z = E(x), x = D(z), with square error (source text 3.5).
 
     Give it values on a scale where square error makes sense: log-normalised expression, or pixels.

@@ -304,19 +304,17 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             raise ValueError(msg)
         return rows.astype(np.int64)
 
-    def _batch_code(self, batch: Any) -> int:
-        """Code of a category of ``batch_key`` that the model was trained with.
+    def _category_code(self, key: str, category: Any) -> int:
+        """Code of a category of the condition ``key`` that the model was trained with.
 
         Raises
         ------
         ValueError
             If the category is not known, or no cell had it.
         """
-        code = self.schema.code(self.schema.batch_key, batch)
-        if all(codes[0] != code for codes in self.reference["codes"]):
-            msg = (
-                f"No cell of the training data has obs[{self.schema.batch_key!r}] == {batch!r}, so it was not learned."
-            )
+        code, column = self.schema.code(key, category), list(self.schema.categories).index(key)
+        if all(codes[column] != code for codes in self.reference["codes"]):
+            msg = f"No cell of the training data has obs[{key!r}] == {category!r}, so it was not learned."
             raise ValueError(msg)
         return code
 

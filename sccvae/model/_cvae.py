@@ -12,13 +12,25 @@ from sccvae import module
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._correction import CorrectionMixin
+from sccvae.model._counterfactual import CounterfactualMixin, PerturbationMixin
 from sccvae.model._differential import DifferentialMixin
 from sccvae.model._latent import VariationalMixin
 from sccvae.model._mapping import MappingMixin
+from sccvae.model._predictive import PredictiveMixin
 from sccvae.model._sampling import SamplingMixin
 
 
-class CVAE(VariationalMixin, CorrectionMixin, DifferentialMixin, SamplingMixin, MappingMixin, BaseModel):
+class CVAE(
+    VariationalMixin,
+    CorrectionMixin,
+    DifferentialMixin,
+    CounterfactualMixin,
+    PerturbationMixin,
+    PredictiveMixin,
+    SamplingMixin,
+    MappingMixin,
+    BaseModel,
+):
     """Conditional VAE (source text 4.3.1): removes batch effects, or separates known conditions.
 
     Parameters

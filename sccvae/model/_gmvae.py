@@ -17,9 +17,11 @@ from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
 from sccvae.model._correction import CorrectionMixin
+from sccvae.model._counterfactual import CounterfactualMixin, PerturbationMixin
 from sccvae.model._differential import DifferentialMixin
 from sccvae.model._latent import VariationalMixin
 from sccvae.model._mapping import MappingMixin
+from sccvae.model._predictive import PredictiveMixin
 from sccvae.model._sampling import SamplingMixin
 from sccvae.module import Batch
 from sccvae.train import TrainingResult, fit_mixture
@@ -30,7 +32,18 @@ logger = logging.getLogger(__name__)
 SHARES_OF = 10_000
 
 
-class GMVAE(MixtureMixin, VariationalMixin, CorrectionMixin, DifferentialMixin, SamplingMixin, MappingMixin, BaseModel):
+class GMVAE(
+    MixtureMixin,
+    VariationalMixin,
+    CorrectionMixin,
+    DifferentialMixin,
+    CounterfactualMixin,
+    PerturbationMixin,
+    PredictiveMixin,
+    SamplingMixin,
+    MappingMixin,
+    BaseModel,
+):
     """Gaussian-mixture VAE with a Dirichlet prior: finds clusters in its latent space by itself.
 
     With conditions (``batch_key`` and covariates) it is conditional: clusters run across batches. With ``labels_key``

@@ -53,7 +53,7 @@ class SamplingMixin:
             if self.schema.batch_key is None:
                 msg = f"batch={batch!r}: the model was set up without batch_key."
                 raise ValueError(msg)
-            keep = codes[:, 0] == self._batch_code(batch)
+            keep = codes[:, 0] == self._category_code(self.schema.batch_key, batch)
             codes, frequencies = codes[keep], frequencies[keep] / frequencies[keep].sum()
         codes = codes[rng.choice(len(codes), n, p=frequencies)]
         quantiles = self.reference["library_quantiles"]

@@ -10,13 +10,16 @@ from sccvae import module
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._correction import CorrectionMixin
-from sccvae.model._differential import DifferentialMixin
+from sccvae.model._counterfactual import PerturbationMixin
 from sccvae.model._latent import VariationalMixin
 from sccvae.model._mapping import MappingMixin
+from sccvae.model._predictive import PredictiveMixin
 from sccvae.model._sampling import SamplingMixin
 
 
-class VAE(VariationalMixin, CorrectionMixin, DifferentialMixin, SamplingMixin, MappingMixin, BaseModel):
+class VAE(
+    VariationalMixin, CorrectionMixin, PerturbationMixin, PredictiveMixin, SamplingMixin, MappingMixin, BaseModel
+):
     """Variational autoencoder: p(x|z) N(z; 0, I), q(z|x) (source text 4.2).
 
     Parameters

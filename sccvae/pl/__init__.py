@@ -4,11 +4,13 @@ from ._history import history
 from ._images import generated, images, prior_centers, reconstructions
 from ._mixture import component_grid, confusion, entropy, mixture, occupancy
 from ._plate import plate_diagram
+from ._prediction import counterfactual, posterior_predictive
 from ._scatter import latent, umap
 
 __all__ = [
     "component_grid",
     "confusion",
+    "counterfactual",
     "entropy",
     "generated",
     "history",
@@ -17,6 +19,7 @@ __all__ = [
     "mixture",
     "occupancy",
     "plate_diagram",
+    "posterior_predictive",
     "prior_centers",
     "reconstructions",
     "umap",

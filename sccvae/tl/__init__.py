@@ -5,7 +5,8 @@ from __future__ import annotations
 from ._cluster import cluster
 from ._consensus import consensus
 from ._correct import correct
+from ._counterfactual import counterfactual
 from ._embed import embed
 from ._map import map_query
 
-__all__ = ["cluster", "consensus", "correct", "embed", "map_query"]
+__all__ = ["cluster", "consensus", "correct", "counterfactual", "embed", "map_query"]

@@ -19,7 +19,9 @@ SPREADS = (0.9, 0.99)
 FOLDS = 5
 
 
-def classes_from_few(graph: sparse.csr_matrix, known: np.ndarray, n_classes: int, seed: int = 0) -> np.ndarray:
+def classes_from_few(
+    graph: sparse.csr_matrix, known: np.ndarray, n_classes: int, seed: int = 0
+) -> tuple[np.ndarray, float]:
     """Classes of all cells from those of a few: what finds held-back labels best.
 
     Tried are labels spread along the graph, near and far, and Leiden's partition into as many clusters as there are
@@ -39,7 +41,7 @@ def classes_from_few(graph: sparse.csr_matrix, known: np.ndarray, n_classes: int
 
     Returns
     -------
-    Class of each cell, (n,) int64; -1 where no label reaches.
+    Class of each cell, (n,) int64, -1 where no label reaches; and the recall of held-back labels, mean over classes.
     """
     clusters = Communities(graph, seed).with_clusters(n_classes).labels
 
@@ -64,8 +66,7 @@ def classes_from_few(graph: sparse.csr_matrix, known: np.ndarray, n_classes: int
             rest[cells[part::FOLDS]] = -1
             if (rest >= 0).any():
                 found[part::FOLDS] = way(rest)[cells[part::FOLDS]]
-        right = found == known[cells]
-        scores[name] = np.mean([right[known[cells] == k].mean() for k in np.unique(known[cells])])
+        scores[name] = mean_recall(known[cells], found)
     if len(np.setdiff1d(known[cells], named(known))):  # a class without a cluster would be lost
         del scores["named clusters"]
     best = max(scores, key=scores.get)
@@ -73,7 +74,22 @@ def classes_from_few(graph: sparse.csr_matrix, known: np.ndarray, n_classes: int
     if scores.get("named clusters", -1.0) >= scores[best] - error:  # the simplest within one standard error
         best = "named clusters"
     logger.info("Classes from few, recall of held-back labels: %s", {n: round(float(s), 3) for n, s in scores.items()})
-    return np.where(known >= 0, known, ways[best](known))
+    return np.where(known >= 0, known, ways[best](known)), scores[best]
+
+
+def mean_recall(classes: np.ndarray, found: np.ndarray) -> float:
+    """Share of the cells of a class that were found, mean over classes: small ones count as much as large ones.
+
+    Parameters
+    ----------
+    classes, found
+        True and found class of each cell, (n,) int64.
+
+    Returns
+    -------
+    From 0 to 1.
+    """
+    return float(np.mean([(found == k)[classes == k].mean() for k in np.unique(classes)]))
 
 
 def named_after(clusters: np.ndarray, known: np.ndarray, n_classes: int) -> np.ndarray:

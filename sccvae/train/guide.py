@@ -37,10 +37,13 @@ class Guide:
         Cluster of each cell, (n,) int64; -1 for none.
     n_clusters
         Number of clusters.
+    recall
+        Of held-back labels, mean over classes, where labels were spread; else NaN.
     """
 
     labels: np.ndarray
     n_clusters: int
+    recall: float = float("nan")
 
 
 def neighbor_graph(z: np.ndarray, n_neighbors: int = 15) -> sparse.csr_matrix:

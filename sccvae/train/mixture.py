@@ -16,7 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from sccvae.data import CellStore
 from sccvae.module.gmvae import GMVAE
-from sccvae.train.few_labels import classes_from_few, core
+from sccvae.train.few_labels import FOLDS, classes_from_few, core, mean_recall
 from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import (
     MAX_CELLS,
@@ -44,6 +44,9 @@ SAME_CLUSTERS = 0.9
 GUIDED_STEPS = 200
 #: Epochs of a round's classifier, of the guided and of the free phase as shares of those of the warm-up.
 ROUND, GUIDED, FREE = 1 / 5, 1 / 2, 1 / 10
+#: From so many labels for each class on, a classifier is tried that learns from them alone, and as a share of the
+#: warm-up the epochs that it gets if it finds held-back labels better than the guide does; and the most.
+MANY_LABELS, LABELLED, LABELLED_EPOCHS = 50, 3 / 2, 30
 #: Learning rate of the free phase as a share of that of the others. Left to itself, the mixture drifts to what is
 #: normal in z, and loses what the guide knew from x (MNIST: 0.975 to 0.970 with a tenth); this phase only settles.
 FREE_LR = 0.01
@@ -93,7 +96,8 @@ def fit_mixture(
 
     1. *Warm-up*: a VAE with p(z) = N(0, I), until its held-out ELBO no longer falls.
     2. *Guide*: Leiden clusters of z, their number searched by the resolution; or classes from the labels in ``store``.
-       Twice, q(y|.) alone learns them and the guide is made again from its last hidden layer. Or the user's own.
+       Twice, q(y|.) alone learns them and the guide is made again from its last hidden layer. Or the user's own. With
+       many labels, q(y|.) that learned these alone is the guide, if it finds held-back labels better.
     3. *Guided*: components are placed at the clusters; cells of the guide take its component, the others sum y out.
     4. *Free*: only labels of ``store`` are seen. Should a component of the guide be lost, this phase is taken back and
        run again with the guide.
@@ -157,12 +161,32 @@ def fit_mixture(
             module.set_components(max(found.n_clusters, int(known.max()) + 1))
     least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
     guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
-    for _ in range(ROUNDS if guide is None else 0):
-        labels = _on_cells(found, rows, known)
+
+    def classifier(labels: np.ndarray, epochs: float) -> TrainingResult:
         with _drawn_with(seed):
             module.reset_classifier()
         with at_stage(module, "classifier"):
-            last = phase("guide", max(least, min(ROUND * warm, ROUND_EPOCHS)), labels, **guided)
+            return phase("guide", max(least, epochs), labels, **guided)
+
+    by_labels = False  # whether the labels by themselves teach more than what is spread from them
+    hidden = _held_back(train_rows, known, module.n_components) if guide is None else []
+    if len(hidden):
+        rest = known.copy()
+        rest[hidden] = -1
+        last = classifier(rest, min(GUIDED * warm, GUIDED_EPOCHS))
+        if last.interrupted:
+            return MixtureResult(last, None)
+        recall = mean_recall(known[hidden], over_cells(module, store, hidden, lambda b: module.classify(b).argmax(1)))
+        by_labels = recall > found.recall + np.sqrt(recall * (1 - recall) / len(hidden))
+        logger.info("Recall of held-back labels, learned from the others alone: %.3f", recall)
+    if by_labels:
+        last = classifier(known, min(LABELLED * warm, LABELLED_EPOCHS))
+        if last.interrupted:
+            return MixtureResult(last, None)
+        found = Guide(over_cells(module, store, rows, lambda b: module.classify(b).argmax(1)), module.n_components)
+    for _ in range(ROUNDS if guide is None and not by_labels else 0):
+        labels = _on_cells(found, rows, known)
+        last = classifier(labels, min(ROUND * warm, ROUND_EPOCHS))
         if last.interrupted:
             return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
@@ -181,7 +205,8 @@ def fit_mixture(
         )
     labels = _on_cells(found, rows, known)
     with _drawn_with(seed):
-        module.reset_classifier()
+        if not by_labels:
+            module.reset_classifier()
         module.place(*_moments(z, labels[rows], module.n_components))
     last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)
     if last.interrupted:
@@ -207,6 +232,15 @@ def _drawn_with(seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _held_back(train_rows: np.ndarray, known: np.ndarray, n_components: int) -> np.ndarray:
+    """A fifth of the training cells with a label, if there are many labels and no more components than classes."""
+    cells = train_rows[known[train_rows] >= 0]
+    n_classes = int(known.max()) + 1
+    if n_components > n_classes or len(cells) < MANY_LABELS * n_classes:
+        return cells[:0]
+    return np.sort(cells[np.argsort(known[cells], kind="stable")][::FOLDS])
 
 
 def _more_often(train_rows: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -248,13 +282,14 @@ def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: i
     """Classes spread over the graph from the known labels; components beyond them take clusters far from any label."""
     n_classes = int(known.max()) + 1
     n_components = n_classes if choose else module.n_components
-    labels = core(graph, classes_from_few(graph, known, n_classes, seed), n_classes)
+    classes, recall = classes_from_few(graph, known, n_classes, seed)
+    labels = core(graph, classes, n_classes)
     if n_components > n_classes:
         found = Communities(graph, seed).with_clusters(n_components)
         unnamed = [k for k in range(found.n_clusters) if not (known[found.labels == k] >= 0).any()]
         for new, k in enumerate(unnamed[: n_components - n_classes], start=n_classes):
             labels[(found.labels == k) & (known < 0)] = new
-    return Guide(labels, n_components)
+    return Guide(labels, n_components, recall)
 
 
 def _moments(z: np.ndarray, labels: np.ndarray, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,112 @@
+"""Expression under other conditions in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from anndata import AnnData
+
+from sccvae.model import BaseModel
+
+from ._correct import _check_layer, _library_size
+from ._embed import write_embedding
+from ._job import plain, requested, target, trained_model
+
+if TYPE_CHECKING:
+    from sccvae.distributions import Likelihood
+
+
+def counterfactual(
+    adata: AnnData,
+    condition: Mapping[str, Any],
+    model: Literal["cvae"] | BaseModel = "cvae",
+    *,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    size_factor_key: str | None = None,
+    n_latent: int = 10,
+    likelihood: str | Likelihood | None = None,
+    library_size: float | Literal["latent"] | None = None,
+    key_added: str = "counterfactual",
+    copy: bool = False,
+    seed: int = 0,
+    model_options: Mapping[str, Any] | None = None,
+    train_options: Mapping[str, Any] | None = None,
+) -> AnnData | None:
+    """Train a CVAE on the cells and write the expression that they would have under another condition to ``layers``.
+
+    The whole job: set-up, training, embedding, and decoding of every cell with its condition replaced. The values are
+    expected expression, without the noise of single counts. Cells that have the condition already get their own
+    expected expression, so the two sides of a comparison are alike.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes, in memory or backed.
+    condition
+        Column of ``obs`` -> value that every cell is given, such as ``{"treatment": "stim"}``. Other conditions stay
+        what they are in each cell.
+    model
+        ``"cvae"``, or a trained model that decodes from these conditions (see :func:`embed`).
+    batch_key
+        First condition of the model; None takes the first column in ``condition``, unless that is one of the
+        covariates. All other columns in ``condition`` must be covariates.
+    layer, categorical_covariate_keys, continuous_covariate_keys, size_factor_key, n_latent, likelihood
+        As for :func:`embed`.
+    library_size
+        As for :func:`correct`.
+    key_added
+        Key of ``layers`` and ``uns``.
+    copy, seed, model_options, train_options
+        As for :func:`embed`.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the copy. It holds
+
+    - ``layers[key_added]``: expression under the condition, (n_cells, n_genes) float32, dense
+    - ``uns[key_added]``: what :func:`embed` records, and ``condition``, ``library_size`` (only for counts) and
+      ``embedding`` (key of ``obsm``)
+    - ``obsm["X_cvae"]`` and ``uns["X_cvae"]``: as from :func:`embed`
+
+    Raises
+    ------
+    TypeError, KeyError, ValueError
+        As for :func:`embed` and ``model.predict_counterfactual``; and ValueError if ``library_size`` has no meaning, or
+        ``key_added`` is the layer of the input. All before the training.
+
+    Examples
+    --------
+    >>> sccvae.tl.counterfactual(adata, {"treatment": "stim"}, layer="counts")  # doctest: +SKIP
+    >>> sc.pl.violin(adata, "ISG15", groupby="cell_type", layer="counterfactual", log=True)  # doctest: +SKIP
+    """
+    covariates = [*(categorical_covariate_keys or ()), *(continuous_covariate_keys or ())]
+    if isinstance(model, str) and batch_key is None and isinstance(condition, Mapping):
+        batch_key = next((key for key in condition if key not in covariates), None)
+    options = requested(locals())
+    to = target(adata, copy=copy)
+    if not isinstance(model, BaseModel) and model != "cvae":
+        msg = f"model={model!r} cannot be asked what if: only 'cvae', or a trained model, decodes from a condition."
+        raise ValueError(msg)
+
+    def check(model: BaseModel) -> None:
+        model._change(condition)
+        _library_size(model, library_size)
+        _check_layer(to, model, key_added)
+
+    fitted = trained_model(to, model, check=check, **options)
+    size = _library_size(fitted, library_size)
+    values = fitted.predict_counterfactual(
+        to,
+        condition=condition,
+        gene_list=to.var_names,
+        library_size=1 if size is None else size,
+        return_numpy=True,
+    )
+    to.layers[key_added] = values
+    key, entry = write_embedding(to, fitted, None, train_options)
+    to.uns[key_added] = entry | plain({"condition": condition, "library_size": size, "embedding": key})
+    return to if copy else None
