@@ -130,9 +130,9 @@ def test_which_group_is_above():
     change = model.differential_expression(**options)
     table = model.differential_expression(mode="vanilla", **options).loc[change.index]
     np.testing.assert_allclose(table["proba_m1"] + table["proba_m2"], 1)
-    sure = change["lfc_mean"].abs() > 0.3
-    assert sure.sum() > 2
-    assert ((table["proba_m1"] > 0.5) == (change["lfc_mean"] > 0))[sure].all()
+    sure = change["lfc_raw"].abs() > change["lfc_error"]
+    assert sure.any()
+    assert ((table["proba_m1"] > 0.5) == (change["lfc_raw"] > 0))[sure].all()
 
 
 def test_what_was_observed():
@@ -219,9 +219,7 @@ def test_bad_input_is_named(options, error, message):
 
 
 def test_no_batch_to_correct_for():
-    with pytest.raises(
-        ValueError, match=r"batch_correction=True: this VAE does not decode from the batch\. Use a CVAE"
-    ):
+    with pytest.raises(ValueError, match=r"this VAE does not decode from the batch\. Use a CVAE"):
         trained("vae-nb").differential_expression(groupby="donor", batch_correction=True)
     alone = make(VAE, planted_cells(0)[:40].copy(), setup={}, train=False)
     alone.adata.obs["one"] = "x"

@@ -130,7 +130,7 @@ class DifferentialMixin:
 
         - ``proba_de``, ``proba_not_de``: P(abs(change) > delta), and its complement
         - ``bayes_factor``: natural log of their ratio
-        - ``lfc_mean``, ``lfc_median``, ``lfc_std``, ``lfc_min``, ``lfc_max``: of the draws of the log2 fold change. With
+        - ``lfc_mean``, ``lfc_median``, ``lfc_std``, ``lfc_min``, ``lfc_max``: of the draws of the log2 fold change. For
           likelihoods other than counts it is the difference of the means, on the scale of the input
         - ``lfc_raw``, ``lfc_error``: estimate and standard error before shrinkage
         - ``is_de_fdr_<fdr_target>``: the longest list of genes with the highest ``proba_de`` whose mean
@@ -248,7 +248,7 @@ class DifferentialMixin:
                 weight = rng.exponential(size=(N_WEIGHTS, len(x)))
                 here = member[used[done : done + len(x)]].T  # (n_groups, n)
                 done += len(x)
-                one = [(here @ part) / member.sum(0)[:, None] for part in (x, x != 0, scaled)]
+                one = [(here.astype(float) @ part) / member.sum(0)[:, None] for part in (x, x != 0, scaled)]
                 many = [
                     np.stack([weight[:, group] @ part[group] for group in here]) for part in (decoded, x, own)
                 ]  # (n_groups, K, G)

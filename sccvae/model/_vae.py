@@ -18,7 +18,14 @@ from sccvae.model._sampling import SamplingMixin
 
 
 class VAE(
-    VariationalMixin, CorrectionMixin, PerturbationMixin, PredictiveMixin, SamplingMixin, MappingMixin, BaseModel
+    VariationalMixin,
+    CorrectionMixin,
+    DifferentialMixin,
+    PerturbationMixin,
+    PredictiveMixin,
+    SamplingMixin,
+    MappingMixin,
+    BaseModel,
 ):
     """Variational autoencoder: p(x|z) N(z; 0, I), q(z|x) (source text 4.2).
 
