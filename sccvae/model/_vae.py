@@ -11,6 +11,7 @@ from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._correction import CorrectionMixin
 from sccvae.model._counterfactual import PerturbationMixin
+from sccvae.model._differential import DifferentialMixin
 from sccvae.model._latent import VariationalMixin
 from sccvae.model._mapping import MappingMixin
 from sccvae.model._predictive import PredictiveMixin
