@@ -1,6 +1,7 @@
 """The way from AnnData to tensors on the device."""
 
 from sccvae.data.blocks import BlockLoader, shuffled_loader
+from sccvae.data.confounding import confounding
 from sccvae.data.fields import Schema, anndata_fields, check_setup
 from sccvae.data.lazy import open_anndata
 from sccvae.data.masked import MaskedStore, measured, read_measured
@@ -20,6 +21,7 @@ __all__ = [
     "anndata_fields",
     "check_setup",
     "check_support",
+    "confounding",
     "free_memory",
     "gigabytes",
     "measured",

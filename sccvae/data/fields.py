@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ import rich.table
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import fields
+
+from sccvae.data.confounding import confounding
 
 
 def anndata_fields(
@@ -148,6 +151,11 @@ def check_setup(
         If a layer or an ``obs`` column is missing.
     ValueError
         If ``adata`` is a view, is empty, has duplicate gene names, or a column has missing or unusable values.
+
+    Warns
+    -----
+    UserWarning
+        If a categorical covariate or the labels cannot be told from the batch; see :func:`confounding`.
     """
     if not isinstance(adata, AnnData):
         msg = f"adata must be an AnnData object, not {type(adata).__name__}."
@@ -207,6 +215,31 @@ def check_setup(
             raise ValueError(msg)
     for key in filter(None, numerical):
         numeric_column(adata.obs[key], positive=key == size_factor_key)
+    _warn_of_confounding(adata, batch_key, labels_key, categorical_covariate_keys, unlabeled_category)
+
+
+def _warn_of_confounding(
+    adata: AnnData,
+    batch_key: str | None,
+    labels_key: str | None,
+    categorical_covariate_keys: Sequence[str] | None,
+    unlabeled_category: str | None,
+) -> None:
+    """Say, in one warning, which columns of the set-up cannot be told from the batch."""
+    if batch_key is None:
+        return
+    columns = {key: adata.obs[key] for key in categorical_covariate_keys or ()}
+    if labels_key is not None:
+        labels = adata.obs[labels_key].astype(object)
+        columns[labels_key] = labels.where(labels.astype(str) != str(unlabeled_category))
+    found = [confounding(adata.obs[batch_key], column) for key, column in columns.items() if key != batch_key]
+    found = [f"adata.obs: {sentence}" for sentence in found if sentence is not None]
+    if found:
+        found.append(
+            "A model of this set-up can give a difference to either, and removing the batch can remove it. If it is "
+            "biology that is to stay, name a coarser batch_key (or none)."
+        )
+        warnings.warn("\n".join(found), UserWarning, stacklevel=4)
 
 
 def numeric_column(column: pd.Series, *, positive: bool = False) -> np.ndarray:

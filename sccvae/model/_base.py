@@ -129,6 +129,11 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             If a layer or column is missing.
         TypeError, ValueError
             If something named cannot be used; the message says what, where, and what to do.
+
+        Warns
+        -----
+        UserWarning
+            If a categorical covariate or the labels cannot be told from the batch: nested in it, or it in them.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         args = setup_method_args["setup_args"]
