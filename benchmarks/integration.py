@@ -23,6 +23,8 @@ from benchmarks.results import write_section
 from benchmarks.sets import MULTI_BATCH, CellSet, load
 
 N_PCS = 30
+KEPT = """One cell type is left in one batch only, on purpose. Purity: share of the same type among the 15 nearest other
+cells, in 30 principal components (before) and in the embedding (after)."""
 
 
 def pca(adata: ad.AnnData, cells: CellSet, seed: int) -> np.ndarray:
@@ -73,25 +75,41 @@ SEEDED = {"scVI", "CVAE"}
 
 def score(adata: ad.AnnData, cells: CellSet, embeddings: dict[str, np.ndarray]) -> pd.DataFrame:
     """scib-metrics of each embedding: one row each, every metric and the raw bio, batch and total."""
-    from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
+    from sccvae.metrics import integration
 
-    judged = adata.copy()
-    judged.obsm.update(embeddings)
-    judged.obsm["unintegrated"] = pca(adata, cells, 0)
-    benchmark = Benchmarker(
-        judged,
-        batch_key=cells.batch_key,
-        label_key=cells.label_key,
-        embedding_obsm_keys=list(embeddings),
-        pre_integrated_embedding_obsm_key="unintegrated",
-        bio_conservation_metrics=BioConservation(),
-        batch_correction_metrics=BatchCorrection(),
-        n_jobs=1,
-        progress_bar=False,
-    )
-    benchmark.benchmark()
-    table = benchmark.get_results(min_max_scale=False)
-    return table.drop(index="Metric Type").astype(float)
+    batch, labels = adata.obs[cells.batch_key], adata.obs[cells.label_key]
+    return integration(embeddings, batch, labels, unintegrated=pca(adata, cells, 0))
+
+
+def hold_out(adata: ad.AnnData, cells: CellSet, label: str) -> ad.AnnData:
+    """The cells without those of a type in all batches but the one that has most of it."""
+    of_type = adata.obs[cells.label_key] == label
+    if not of_type.any():
+        msg = f"{cells.name} has no cells of type {label!r}: {list(adata.obs[cells.label_key].cat.categories)}."
+        raise SystemExit(msg)
+    home = adata.obs.loc[of_type, cells.batch_key].value_counts().index[0]
+    return adata[(~of_type | (adata.obs[cells.batch_key] == home)).to_numpy()].copy()
+
+
+def keep_apart(cells: CellSet, label: str, methods: list[str], n_seeds: int) -> pd.DataFrame:
+    """Is a type that one batch only has still apart? One row for each method and seed, of :func:`overcorrection`."""
+    from sccvae.metrics import overcorrection
+
+    adata = hold_out(load(cells), cells, label)
+    batch, labels = adata.obs[cells.batch_key], adata.obs[cells.label_key]
+    before = pca(adata, cells, 0)
+    found = []
+    for name in methods:
+        for seed in range(n_seeds if name in SEEDED else 1):
+            z, seconds = embed(adata, cells, name, seed, None)
+            table = overcorrection(z, batch, labels, unintegrated=before)
+            others = table[table["label"] != label]
+            row = table[table["label"] == label].assign(set=cells.name, method=name, seed=seed, seconds=seconds)
+            found.append(
+                row.assign(**{"worst other": others["purity_after"].min(), "fell, other": others["fell"].sum()})
+            )
+    columns = ["set", "label", "batch", "n_cells", "method", "seed", "purity_before", "purity_after", "mixed_with"]
+    return pd.concat(found)[[*columns, "worst other", "fell, other", "seconds"]]
 
 
 def embed(adata: ad.AnnData, cells: CellSet, method: str, seed: int, cache: Path | None) -> tuple[np.ndarray, float]:
@@ -146,8 +164,19 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings of the peers between runs")
     parser.add_argument("--table", type=Path, help="CSV of single runs to add to: a long benchmark in several parts")
     parser.add_argument("--no-write", action="store_true", help="leave benchmarks/RESULTS.md as it is")
+    parser.add_argument(
+        "--hold-out-type", metavar="TYPE", help="leave this type in one batch only: does it stay apart?"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # scib-metrics and jax; not ours
+    if args.hold_out_type:
+        sets = [c for c in MULTI_BATCH if c.name in args.data]
+        table = pd.concat([keep_apart(c, args.hold_out_type, args.methods, args.seeds) for c in sets]).round(3)
+        print(table.to_string(index=False))
+        if not args.no_write:
+            options = f"--data {' '.join(args.data)} --hold-out-type {args.hold_out_type!r} --seeds {args.seeds}"
+            write_section("A type of one batch", KEPT, table, f"python -m benchmarks.integration {options}")
+        return
     key = ["set", "method", "seed"]
     table = pd.read_csv(args.table, dtype={"seed": str}) if args.table and args.table.exists() else pd.DataFrame()
     for cells in (c for c in MULTI_BATCH if c.name in args.data):

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"data", "datasets", "distributions", "module", "nn", "train"},
         {"anndata", "lightning", "numpy", "pandas", "rich", "safetensors", "scipy", "scvi", "torch", "tqdm"},
     ),
-    "metrics": (set(), {"numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
+    "metrics": (set(), {"anndata", "numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
     "tl": (
         {"data", "metrics", "model"},
         {"anndata", "h5py", "numpy", "pandas", "scanpy", "scipy", "sklearn", "tqdm", "zarr"},

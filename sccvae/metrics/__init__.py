@@ -12,6 +12,7 @@ from ._expression import (
     r_squared_of_means,
     top_de_genes,
 )
+from ._integration import integration, overcorrection
 
 __all__ = [
     "batch_mixing",
@@ -20,9 +21,11 @@ __all__ = [
     "de_overlap",
     "gene_correlation",
     "hungarian_accuracy",
+    "integration",
     "knn_accuracy",
     "label_silhouette",
     "majority_accuracy",
+    "overcorrection",
     "perturbation_scores",
     "principal_angles",
     "r_squared_of_means",

@@ -2,6 +2,7 @@
 
 from ._history import history
 from ._images import generated, images, prior_centers, reconstructions
+from ._integration import integration
 from ._mixture import component_grid, confusion, entropy, mixture, occupancy
 from ._plate import plate_diagram
 from ._prediction import counterfactual, posterior_predictive
@@ -15,6 +16,7 @@ __all__ = [
     "generated",
     "history",
     "images",
+    "integration",
     "latent",
     "mixture",
     "occupancy",

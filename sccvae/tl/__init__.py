@@ -7,6 +7,7 @@ from ._consensus import consensus
 from ._correct import correct
 from ._counterfactual import counterfactual
 from ._embed import embed
+from ._integration import integration_report
 from ._map import map_query
 
-__all__ = ["cluster", "consensus", "correct", "counterfactual", "embed", "map_query"]
+__all__ = ["cluster", "consensus", "correct", "counterfactual", "embed", "integration_report", "map_query"]
