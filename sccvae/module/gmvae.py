@@ -65,7 +65,8 @@ class GMVAE(EvidenceModule):
     ----------
     stage
         ``"mixture"``; ``"warmup"``: a VAE with p(z) = N(0, I), whose other terms are zero; ``"classifier"``: q(y|.)
-        learns the labels of the batch, and ``kl_y`` = -log q(y|.) is the only term that is not zero.
+        learns the labels of the batch, and ``kl_y`` is the only term that is not zero: -log q(y|.) of the cells with a
+        label, whose mean over the batch is that over these cells.
 
     Raises
     ------
@@ -240,7 +241,9 @@ class GMVAE(EvidenceModule):
             log_q = self.classify(batch, log=True)
             seen, y = self._seen(batch, log_q)
             zero = log_q.new_zeros(len(log_q))
-            return dict.fromkeys(self.factors.terms, zero) | {"kl_y": -(seen * y * log_q).sum(-1)}
+            # The mean over those with a label: however few they are, they count as much as the penalty.
+            by_label = -(seen * y * log_q).sum(-1) * (len(seen) / seen.sum().clamp(min=1))
+            return dict.fromkeys(self.factors.terms, zero) | {"kl_y": by_label}
         q, p_w = self.inference(batch), self.prior_w(batch)
         z, w = q["z"].rsample(), q["w"].rsample()
         terms = {"reconstruction": -batch.log_prob(self.generative({"z": z}, batch))}

@@ -12,6 +12,10 @@ from torch import Tensor
 from sccvae.module import Batch, GenerativeModule
 from sccvae.train.schedules import Schedule
 
+#: Learning rate of the likelihood's own parameters (dispersions, sigmas), as a multiple of that of the networks. They
+#: are logarithms that no network scales, and have a long way to go: at the rate of the networks they do not arrive.
+OWN_SPEED = 10.0
+
 
 class TrainingPlan(LightningModule):
     """Trains any :class:`~sccvae.module.GenerativeModule` by stochastic gradient steps on its loss.
@@ -58,8 +62,13 @@ class TrainingPlan(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, fused where the device has it."""
         fused = self.device.type in ("cpu", "cuda")
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        own = {id(p) for p in getattr(self.module, "likelihood", self.module).parameters(recurse=False)}
+        groups = [
+            {"params": [p for p in self.module.parameters() if p.requires_grad and id(p) not in own], "speed": 1.0},
+            {"params": [p for p in self.module.parameters() if p.requires_grad and id(p) in own], "speed": OWN_SPEED},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
         if self.optimizer_state is not None:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
         return optimizer
@@ -69,7 +78,7 @@ class TrainingPlan(LightningModule):
         optimizer = self.optimizers()
         for tensors in chunk:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * self.schedule.lr(self.n_steps)
+                group["lr"] = group["speed"] * self.lr * self.schedule.lr(self.n_steps)
             batch = Batch(**tensors)
             objective, report = self.module.loss(batch, kl_weight=self.schedule.kl(self.n_steps))
             optimizer.zero_grad(set_to_none=True)
