@@ -334,7 +334,7 @@ def test_without_scdataset_the_error_names_the_extra(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".zarr", ".h5ad"])
 def test_correct_to_a_file(suffix, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("sccvae.tl._out.CHUNK_BYTES", 4 * G * 7)
+    monkeypatch.setattr("sccvae.data.out.CHUNK_BYTES", 4 * G * 7)
     adata = toy_counts()
     model = make(CVAE, adata)
     wanted = tl.correct(adata, model, reference="a", copy=True)
@@ -369,7 +369,7 @@ def test_a_failure_leaves_nothing_half_written(suffix, tmp_path, monkeypatch):
         msg = "disk full"
         raise OSError(msg)
 
-    monkeypatch.setattr("sccvae.tl._out.InChunks.__setitem__", fail)
+    monkeypatch.setattr("sccvae.data.out.InChunks.__setitem__", fail)
     before = adata.copy()
     with pytest.raises(OSError, match="disk full"):
         tl.correct(adata, model, out=tmp_path / f"corrected{suffix}")

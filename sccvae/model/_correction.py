@@ -1,15 +1,21 @@
-"""Decoded expression: denoised, or as it would be in another batch."""
+"""Decoded expression: denoised, or as it would be in another batch; as values, or written to layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from sccvae.data.out import InSparse, check_room, new_layers
+from sccvae.model._base import INFERENCE_BATCH
 from sccvae.model._decoding import Change, DecodingMixin
+
+#: Sum of a cell's values in a layer, if nothing else is asked for: scanpy's usual target_sum.
+LIBRARY_SIZE = 1e4
 
 
 class CorrectionMixin(DecodingMixin):
@@ -76,6 +82,177 @@ class CorrectionMixin(DecodingMixin):
             seed=seed,
         )
 
+    def correct(
+        self,
+        adata: AnnData | None = None,
+        *,
+        transform_batch: Any | Sequence[Any] | None = None,
+        library_size: float | Literal["latent"] | None = None,
+        key_added: str = "corrected",
+        sparse_below: float | None = None,
+        dtype: Any = "float32",
+        n_samples: int = 1,
+        sd: bool = False,
+        out: str | Path | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Write expected expression to a layer: denoised, or as it would be in one batch.
+
+        Expected expression is not counts: it lacks the noise of single counts, so it suits plots, means and
+        regressions, not tests that assume independent noise in each cell. For these see
+        :meth:`differential_expression`.
+
+        Parameters
+        ----------
+        adata
+            Cells with the model's genes, in any order; None for the training data.
+        transform_batch
+            As if every cell came from this batch; a list averages over several, ``"all"`` over all of the training
+            data, each with the same weight. None keeps each cell's own: denoised, not corrected.
+        library_size
+            For count likelihoods, the sum of a cell's values over the model's genes: None is 10,000, comparable to
+            counts after ``scanpy.pp.normalize_total(adata, target_sum=1e4)`` (take ``log1p`` of both); ``"latent"`` is
+            each cell's own library size, comparable to its raw counts. Other likelihoods give means on the scale of
+            their input, such as log-normalised values, and take none.
+        key_added
+            Key of ``layers`` and ``uns``.
+        sparse_below
+            Store as CSR, with values smaller than this in size set to zero, in units of the layer: expected expression
+            has no zeros of its own. With the default library size, 0.1 is 0.1 counts in 10,000. None stores all.
+        dtype
+            Floating type of the layer.
+        n_samples
+            1 decodes the mean of q(z|x); more average over that many draws.
+        sd
+            Write the standard deviation over the ``n_samples`` draws as well. It is what the position of the cell in
+            the latent space leaves open; the weights of the decoder are taken as known.
+        out
+            A new file, ``.zarr`` or ``.h5ad``, to write the layers to instead, a few thousand cells at a time. It also
+            gets ``obs``, ``var``, ``obsm`` and ``uns`` of ``adata``, but not ``X``. Needs
+            ``pip install 'sccvae[ondisk]'``.
+        batch_size, seed
+            As for ``get_latent_representation``.
+
+        Returns
+        -------
+        None. Written to ``adata``, or to the file (whole, or not at all):
+
+        - ``layers[key_added]``, (n_cells, n_genes); with ``sd`` also ``layers[key_added + "_sd"]``
+        - ``uns[key_added]``: ``transform_batch`` (the batches, or ``"own"``), ``n_samples``, and for counts
+          ``library_size``
+
+        Raises
+        ------
+        ValueError
+            If a batch is not known, the model cannot change it, ``adata`` is a view or has genes that the model does
+            not know, ``key_added`` is the layer of the input, options do not fit together, or there is no room in
+            memory. Nothing is written then.
+        OSError
+            If ``out`` exists or cannot be written, or the disk is too full.
+
+        Examples
+        --------
+        >>> model.correct(transform_batch="all")  # doctest: +SKIP
+        >>> sc.pl.violin(adata, "LYZ", groupby="batch", layer="corrected", log=True)  # doctest: +SKIP
+        """
+        to = self._given(adata)
+        out = None if out is None else Path(out)
+        if to.is_view and out is None:
+            msg = "adata is a view of another AnnData; run `adata = adata.copy()` first."
+            raise ValueError(msg)
+        if sd and n_samples < 2:
+            msg = f"sd=True needs at least two draws: pass n_samples=25, not {n_samples}."
+            raise ValueError(msg)
+        batches = transform_batch
+        key = self.schema.batch_key
+        if isinstance(batches, str) and batches == "all" and key and "all" not in self.schema.categories[key]:
+            seen = {codes[0] for codes in self.reference["codes"]}
+            batches = [b for code, b in enumerate(self.schema.categories[key].tolist()) if code in seen]
+        size = layer_library_size(self, library_size)
+        entry = {"transform_batch": "own" if batches is None else [str(b) for b in np.atleast_1d(batches)]}
+        entry |= {"n_samples": n_samples} | ({} if size is None else {"library_size": size})
+        file = None
+        if out is not None:
+            uns = dict(to.uns) | {key_added: entry}
+            file = AnnData(obs=to.obs.copy(), var=to.var.copy(), obsm=dict(to.obsm), uns=uns)
+        self._write_layers(
+            to,
+            self._in_batches(batches),
+            key_added,
+            library_size=size,
+            sparse_below=sparse_below,
+            dtype=dtype,
+            n_samples=n_samples,
+            sd=sd,
+            file=file,
+            out=out,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        if out is None:
+            to.uns[key_added] = entry
+
+    def _write_layers(
+        self,
+        to: AnnData,
+        changes: list[Change],
+        key_added: str,
+        *,
+        library_size: float | str | None,
+        sparse_below: float | None = None,
+        dtype: Any = np.float32,
+        n_samples: int = 1,
+        sd: bool = False,
+        file: AnnData | None = None,
+        out: Path | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Write what is decoded from the cells of ``to`` to its layers, or with those of ``file`` to ``out``."""
+        keys = [key_added, f"{key_added}_sd"][: 1 + sd]
+        for key in keys:
+            check_layer(to, self, key)
+        if not np.issubdtype(np.dtype(dtype), np.floating):
+            msg = f"dtype={dtype!r} must be a floating type: expected expression is no whole number."
+            raise ValueError(msg)
+        if sparse_below is not None and (out is not None or not sparse_below > 0):
+            msg = f"sparse_below={sparse_below!r} must be positive, and not given with out=, which writes dense layers."
+            raise ValueError(msg)
+        if sparse_below is None:
+            check_room(to, keys, out, dtype)
+        if sd and batch_size is None:  # all draws of a mini-batch are held at once
+            batch_size = max(1, INFERENCE_BATCH // n_samples)
+
+        def fill(layers: list[Any]) -> None:
+            self._expression(
+                to,
+                None,
+                changes,
+                gene_list=to.var_names,
+                library_size=1 if library_size is None else library_size,
+                n_samples=n_samples,
+                return_numpy=True,
+                out=layers[0],
+                sd=layers[1] if sd else None,
+                batch_size=batch_size,
+                seed=seed,
+            )
+
+        if out is not None:
+            with new_layers(file, keys, out, dtype) as layers:
+                fill(layers)
+            return
+        if sparse_below is None:
+            layers = [np.empty(to.shape, dtype) for _ in keys]
+            fill(layers)
+        else:
+            sinks = [InSparse(to.shape, dtype, sparse_below) for _ in keys]
+            fill(sinks)
+            layers = [sink.matrix() for sink in sinks]
+        for key, layer in zip(keys, layers, strict=True):
+            to.layers[key] = layer
+
     def _in_batches(self, transform_batch: Any) -> list[Change]:
         """One change for each batch that is averaged over."""
         if transform_batch is None:
@@ -93,3 +270,33 @@ class CorrectionMixin(DecodingMixin):
             msg = "transform_batch is empty; name a batch, several, or None for each cell's own."
             raise ValueError(msg)
         return [self._change({key: b}) for b in (transform_batch if several else [transform_batch])]
+
+
+def layer_library_size(model: Any, size: float | str | None) -> float | str | None:
+    """The library size to decode at; None where there is no such thing."""
+    if model.module.likelihood.support != "counts":
+        if size is not None:
+            msg = f"library_size={size!r} is for count likelihoods; here the layer is on the scale of the input."
+            raise ValueError(msg)
+        return None
+    if size is None:
+        return LIBRARY_SIZE
+    if size != "latent" and (isinstance(size, str) or not 0 < size < np.inf):
+        msg = f"library_size={size!r} must be a positive number or 'latent'."
+        raise ValueError(msg)
+    return size
+
+
+def check_layer(adata: AnnData, model: Any, key: str) -> None:
+    """A layer needs a value for every gene of ``adata``, and must not take the place of the input."""
+    if key == model.schema.layer:
+        msg = f"key_added={key!r} is the layer of the input, which would be lost: choose another key."
+        raise ValueError(msg)
+    unknown = adata.var_names.difference(model.schema.var_names, sort=False)
+    if len(unknown):
+        msg = (
+            f"{len(unknown)} of the {adata.n_vars} genes of adata are not known to the model, such as "
+            f"{list(unknown[:5])}, and a layer needs them all. Subset adata first: "
+            "`adata = adata[:, model.schema.var_names].copy()`."
+        )
+        raise ValueError(msg)

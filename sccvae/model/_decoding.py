@@ -96,8 +96,12 @@ class DecodingMixin:
         out: Any | None,
         batch_size: int | None,
         seed: int,
+        sd: Any | None = None,
     ) -> pd.DataFrame | np.ndarray | Any:
-        """Expected expression, averaged over the changes; for the arguments see ``get_normalized_expression``."""
+        """Expected expression, averaged over the changes; for the arguments see ``get_normalized_expression``.
+
+        ``sd`` is an array like ``out``, for the standard deviation over the draws of z.
+        """
         columns = self._columns(gene_list)
         self._check_library_size(library_size)
         if n_samples < 1:
@@ -116,13 +120,21 @@ class DecodingMixin:
         with evaluating(seed):
             for batch, observations in self._observations(adata, indices, changes, **options):
                 size = batch.library if library_size == "latent" else float(library_size)
-                total, several = None, 0
+                # One sum, or with sd one for each draw; the draws follow each other within a change.
+                sums: list[Any] = [None] * (1 if sd is None else n_samples)
+                several = 0
                 for p_x in observations:
                     one = p_x.expression(size)
                     one = one if columns is None else one[:, columns]
-                    total, several = one if total is None else total + one, several + 1
-                values[done : done + len(total)] = (total if several == 1 else total / several).cpu().numpy()
-                done += len(total)
+                    draw = several % len(sums)
+                    sums[draw], several = one if sums[draw] is None else sums[draw] + one, several + 1
+                here = slice(done, done + len(batch.x))
+                if sd is not None:
+                    draws = torch.stack(sums) / len(changes)  # (n_samples, n, genes)
+                    sd[here] = draws.std(0).cpu().numpy()
+                    sums = [draws.sum(0) * len(changes)]
+                values[here] = (sums[0] if several == 1 else sums[0] / several).cpu().numpy()
+                done = here.stop
         if return_numpy or out is not None:
             return values
         return pd.DataFrame(values, index=self._given(adata).obs_names[rows], columns=genes)

@@ -62,7 +62,7 @@ class DifferentialMixin:
         idx2: Sequence[int] | Sequence[bool] | str | None = None,
         *,
         mode: Literal["change", "vanilla"] = "change",
-        delta: float = 0.25,
+        delta: float = 0.5,
         batch_correction: bool | None = None,
         fdr_target: float = 0.05,
         pseudocounts: float | None = None,

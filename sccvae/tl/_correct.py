@@ -10,16 +10,15 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from sccvae.data.out import check_room
 from sccvae.model import BaseModel
+from sccvae.model._correction import check_layer, layer_library_size
 
 from ._embed import write_embedding
 from ._job import plain, requested, target, trained_model
-from ._out import check_room, new_layer
 
 if TYPE_CHECKING:
     from sccvae.distributions import Likelihood
-
-LIBRARY_SIZE = 1e4
 
 
 def correct(
@@ -113,28 +112,22 @@ def correct(
 
     def check(model: BaseModel) -> None:
         _batches(model, reference)
-        _library_size(model, library_size)
-        _check_layer(to, model, key_added)
+        layer_library_size(model, library_size)
+        check_layer(to, model, key_added)
 
     out = None if out is None else Path(out)
-    check_room(to, key_added, out)
+    check_room(to, [key_added], out)
     fitted = trained_model(to, model, check=check, **options)
-    batches, size = _batches(fitted, reference), _library_size(fitted, library_size)
+    batches, size = _batches(fitted, reference), layer_library_size(fitted, library_size)
     entry = {"reference": batches, "library_size": size}
-    decode = {
-        "transform_batch": batches,
-        "gene_list": to.var_names,
-        "library_size": 1 if size is None else size,
-        "return_numpy": True,
-    }
+    changes = fitted._in_batches(batches)
     if out is None:
-        to.layers[key_added] = fitted.get_normalized_expression(to, **decode)
+        fitted._write_layers(to, changes, key_added, library_size=size)
         _record(to, fitted, key_added, entry, train_options, to)
     else:
         whole = AnnData(obs=to.obs.copy(), var=to.var.copy(), obsm=dict(to.obsm), uns=dict(to.uns))
         key = _record(whole, fitted, key_added, entry, train_options, to)
-        with new_layer(whole, key_added, out) as layer:
-            fitted.get_normalized_expression(to, out=layer, **decode)
+        fitted._write_layers(to, changes, key_added, library_size=size, file=whole, out=out)
         to.obsm[key] = whole.obsm[key]
         to.uns |= {k: whole.uns[k] for k in (key, key_added)}
     return to if copy else None
@@ -168,33 +161,3 @@ def _batches(model: BaseModel, reference: Any) -> list[Any]:
         msg = f"reference={reference!r} must be of the batches in obs[{key!r}]: {known.tolist()}."
         raise ValueError(msg)
     return batches
-
-
-def _library_size(model: BaseModel, size: float | str | None) -> float | str | None:
-    """The library size to decode at; None where there is no such thing."""
-    if model.module.likelihood.support != "counts":
-        if size is not None:
-            msg = f"library_size={size!r} is for count likelihoods; here the layer is on the scale of the input."
-            raise ValueError(msg)
-        return None
-    if size is None:
-        return LIBRARY_SIZE
-    if size != "latent" and (isinstance(size, str) or not 0 < size < np.inf):
-        msg = f"library_size={size!r} must be a positive number or 'latent'."
-        raise ValueError(msg)
-    return size
-
-
-def _check_layer(adata: AnnData, model: BaseModel, key: str) -> None:
-    """A layer needs a value for every gene of ``adata``, and must not take the place of the input."""
-    if key == model.schema.layer:
-        msg = f"key_added={key!r} is the layer of the input, which would be lost: choose another key."
-        raise ValueError(msg)
-    unknown = adata.var_names.difference(model.schema.var_names, sort=False)
-    if len(unknown):
-        msg = (
-            f"{len(unknown)} of the {adata.n_vars} genes of adata are not known to the model, such as "
-            f"{list(unknown[:5])}, and a layer needs them all. Subset adata first: "
-            "`adata = adata[:, model.schema.var_names].copy()`."
-        )
-        raise ValueError(msg)

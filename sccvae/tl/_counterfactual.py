@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from anndata import AnnData
 
 from sccvae.model import BaseModel
+from sccvae.model._correction import check_layer, layer_library_size
 
-from ._correct import _check_layer, _library_size
 from ._embed import write_embedding
 from ._job import plain, requested, target, trained_model
 
@@ -94,11 +94,11 @@ def counterfactual(
 
     def check(model: BaseModel) -> None:
         model._change(condition)
-        _library_size(model, library_size)
-        _check_layer(to, model, key_added)
+        layer_library_size(model, library_size)
+        check_layer(to, model, key_added)
 
     fitted = trained_model(to, model, check=check, **options)
-    size = _library_size(fitted, library_size)
+    size = layer_library_size(fitted, library_size)
     values = fitted.predict_counterfactual(
         to,
         condition=condition,

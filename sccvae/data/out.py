@@ -1,4 +1,4 @@
-"""A layer that is written to a file of its own, chunk by chunk."""
+"""Layers that are filled row by row: in a file of their own, chunk by chunk, or sparse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 from anndata.io import write_elem
+from scipy import sparse
 
-from sccvae.data import free_memory, gigabytes
+from sccvae.data.ondisk import free_memory, gigabytes
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +24,19 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 2**23
 
 
-def check_room(adata: AnnData, key: str, out: Path | None) -> None:
-    """Check that there is room for a dense layer in memory (``out=None``) or on disk, and log the estimate.
+def check_room(adata: AnnData, keys: Sequence[str], out: Path | None, dtype: Any = np.float32) -> None:
+    """Check that there is room for dense layers in memory (``out=None``) or on disk, and log the estimate.
 
     Raises
     ------
     ValueError
-        If the file is of no known kind, or the layer does not fit into memory.
+        If the file is of no known kind, or the layers do not fit into memory.
     OSError
         If the file exists already, its folder does not, or the disk is too full.
     """
-    size = 4 * adata.n_obs * adata.n_vars
-    text = f"layers[{key!r}] of {adata.n_obs:,} cells x {adata.n_vars:,} genes takes {gigabytes(size)}"
+    size = len(keys) * np.dtype(dtype).itemsize * adata.n_obs * adata.n_vars
+    key, name = keys[0], ", ".join(map(repr, keys))
+    text = f"layers[{name}] of {adata.n_obs:,} cells x {adata.n_vars:,} genes takes {gigabytes(size)}"
     if out is None:
         if size > free_memory():
             msg = f"{text} of memory, {gigabytes(free_memory())} are free. Write it to disk: out='{key}.zarr'."
@@ -58,23 +60,25 @@ def check_room(adata: AnnData, key: str, out: Path | None) -> None:
 
 
 @contextmanager
-def new_layer(adata: AnnData, key: str, out: Path) -> Iterator[InChunks]:
-    """A new file with all of ``adata`` and a dense layer, whose rows are to be written inside, one after the other.
+def new_layers(adata: AnnData, keys: Sequence[str], out: Path, dtype: Any = np.float32) -> Iterator[list[InChunks]]:
+    """A new file with all of ``adata`` and dense layers, whose rows are to be written inside, one after the other.
 
     The file appears at the end, whole, or not at all.
 
     Parameters
     ----------
     adata
-        What the file holds besides the layer; it needs no X.
-    key
-        Of the layer.
+        What the file holds besides the layers; it needs no X.
+    keys
+        Of the layers.
     out
         The file, .zarr or .h5ad.
+    dtype
+        Type of the values.
 
     Yields
     ------
-    The layer, to be filled from the first row to the last.
+    The layers, each to be filled from the first row to the last.
     """
     rows = max(1, CHUNK_BYTES // (4 * adata.n_vars))
     chunks = (min(rows, adata.n_obs), adata.n_vars)
@@ -84,11 +88,14 @@ def new_layer(adata: AnnData, key: str, out: Path) -> Iterator[InChunks]:
             zarr = out.suffix == ".zarr"
             write_elem(file, "/", adata, dataset_kwargs={"shards": None} if zarr else {})
             create = file["layers"].create_array if zarr else file["layers"].create_dataset
-            array = create(key, shape=adata.shape, chunks=chunks, dtype="float32")
-            array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-            layer = InChunks(array, chunks[0])
-            yield layer
-            layer.flush()
+            layers = []
+            for key in keys:
+                array = create(key, shape=adata.shape, chunks=chunks, dtype=np.dtype(dtype))
+                array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+                layers.append(InChunks(array, chunks[0]))
+            yield layers
+            for layer in layers:
+                layer.flush()
         os.replace(unfinished, out)
 
 
@@ -121,6 +128,32 @@ class InChunks:
         """Write what is held."""
         self.array[self.first : self.first + self.n] = self.held[: self.n]
         self.first, self.n = self.first + self.n, 0
+
+
+class InSparse:
+    """Takes rows one after the other and keeps those of their values that are not small, as CSR.
+
+    Parameters
+    ----------
+    shape
+        Of the matrix.
+    dtype
+        Type of the values.
+    below
+        Values smaller than this in size become zero.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: Any, below: float) -> None:
+        self.shape, self.dtype, self.below = shape, np.dtype(dtype), below
+        self.blocks: list[sparse.csr_matrix] = []
+
+    def __setitem__(self, rows: slice, values: np.ndarray) -> None:
+        kept = np.where(np.abs(values) < self.below, 0, values).astype(self.dtype)
+        self.blocks.append(sparse.csr_matrix(kept))
+
+    def matrix(self) -> sparse.csr_matrix:
+        """What was written."""
+        return sparse.vstack(self.blocks, format="csr")
 
 
 def _opened(path: Path) -> Any:
