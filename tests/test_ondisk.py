@@ -396,12 +396,12 @@ def test_room_and_place_are_checked_before_any_training(tmp_path, monkeypatch):
     ]:
         with pytest.raises(error, match=words):
             tl.correct(adata, batch_key="batch", out=tmp_path / out)
-    monkeypatch.setattr("sccvae.tl._out.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("sccvae.data.out.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"on disk, 0\.00 GB are free"):
         tl.correct(adata, batch_key="batch", out=tmp_path / "corrected.zarr")
     with pytest.raises(ValueError, match="leave copy=True out"):
         tl.correct(adata, batch_key="batch", out=tmp_path / "a.zarr", copy=True)
-    monkeypatch.setattr("sccvae.tl._out.free_memory", lambda: 1000)
+    monkeypatch.setattr("sccvae.data.out.free_memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"of memory, 0\.00 GB are free.*out="):
         tl.correct(adata, batch_key="batch")
 

@@ -34,12 +34,14 @@ class Comparison:
 
 @dataclass
 class Sums:
-    """Sums over the cells of some groups, each (n_groups, ...) float64, filled batch after batch.
+    """Sums over cells, filled batch after batch.
 
-    ``weight`` (..., K), ``decoded``, ``observed`` and ``expected`` (..., K, G) are sums for K draws of the cells'
-    weights; ``raw``, ``nonzero`` and ``normalized`` (..., G) are means over the cells of the group.
+    Cells that belong to the same groups make a part; what a group has is the sum over its parts. ``n`` (...,),
+    ``weight`` (..., K), ``decoded``, ``observed``, ``expected`` (..., K, G) for K draws of the cells' weights, and
+    ``raw``, ``nonzero``, ``normalized`` (..., G).
     """
 
+    n: Any = 0.0
     weight: Any = 0.0
     decoded: Any = 0.0
     observed: Any = 0.0
@@ -47,6 +49,10 @@ class Sums:
     raw: Any = 0.0
     nonzero: Any = 0.0
     normalized: Any = 0.0
+
+    def over(self, parts: np.ndarray) -> Sums:
+        """The sums over some parts, (n_parts,) bool."""
+        return Sums(**{name: value[parts].sum(0) for name, value in vars(self).items()})
 
 
 class DifferentialMixin:
@@ -163,7 +169,7 @@ class DifferentialMixin:
         effect, which matters where groups and batches are confounded. For counts, changes are of proportions: if a few
         strong genes rise, all others fall.
 
-        Memory: 200 x genes x 3 float64 for each group.
+        Memory: 200 x genes x 3 float64 for each group; time does not depend on the number of groups.
 
         References
         ----------
@@ -197,18 +203,20 @@ class DifferentialMixin:
         if pseudocounts is None:
             pseudocounts = NOT_EXPRESSED / self.reference["library_quantiles"][50]
         pseudocounts = pseudocounts if counts else 0.0
-        sums = self._sums(adata, comparisons, corrects and batch_correction is not False, batch_size, silent, seed)
+        correct = corrects and batch_correction is not False
+        sums, parts = self._sums(adata, comparisons, correct, batch_size, silent, seed)
         rng = np.random.default_rng(seed)
         tables = []
         for i, one in enumerate(comparisons):
-            estimate, error, scale1, scale2 = _estimates(sums, 2 * i, pseudocounts, counts)
+            both = [sums.over(parts[:, column]) for column in (2 * i, 2 * i + 1)]
+            estimate, error, scale1, scale2 = _estimates(both, pseudocounts, counts)
             draws = posterior_draws(estimate, error, n_samples_overall, rng)
             columns = _change(draws, delta) if mode == "change" else _vanilla(draws)
             columns |= {"lfc_raw": estimate, "lfc_error": error} if mode == "change" else {}
             columns |= {"scale1": scale1, "scale2": scale2}
             columns |= {"delta": delta, "pseudocounts": pseudocounts} if mode == "change" else {}
             if all_stats:
-                columns |= _observed(sums, 2 * i, counts)
+                columns |= _observed(both, counts)
             table = pd.DataFrame(columns, index=pd.Index(self.schema.var_names))
             table = table.sort_values("proba_de" if mode == "change" else "bayes_factor", ascending=False)
             if mode == "change":
@@ -226,8 +234,11 @@ class DifferentialMixin:
         batch_size: int | None,
         silent: bool,
         seed: int,
-    ) -> Sums:
-        """What all comparisons need, groups 2 i and 2 i + 1 those of comparison i, in one pass over their cells."""
+    ) -> tuple[Sums, np.ndarray]:
+        """What all comparisons need, in one pass over their cells.
+
+        With the sums come the parts of each group, (n_parts, n_groups) bool: columns 2 i and 2 i + 1 are comparison i.
+        """
         self._check_if_trained(warn=True)
         store = self._store(adata)
         groups = [rows for one in comparisons for rows in (one.rows1, one.rows2)]
@@ -235,6 +246,8 @@ class DifferentialMixin:
         for column, rows in enumerate(groups):
             member[rows, column] = True
         used = np.flatnonzero(member.any(1))
+        parts, part = np.unique(member[used], axis=0, return_inverse=True)
+        part = part.ravel() == np.arange(len(parts))[:, None]  # (n_parts, n)
         changes = [Change(codes={0: int(b)}) for b in np.unique(store.cells.codes[used, 0])] if correct else [Change()]
         sums, rng, done = Sums(), np.random.default_rng(seed), 0
         with evaluating(seed), tqdm(total=len(used), desc="DE", unit="cell", disable=silent) as bar:
@@ -242,48 +255,42 @@ class DifferentialMixin:
                 z = self.module.inference(batch)["z"].sample()
                 own = self.module.generative({"z": z}, batch).expression(batch.library)
                 decoded = sum(p_x.expression() for p_x in self._decoded(batch, changes, [z])) / len(changes)
-                x = batch.x
-                scaled = 1e4 * x / x.sum(1, keepdim=True).clamp(min=1)
-                x, own, decoded, scaled = (t.double().cpu().numpy() for t in (x, own, decoded, scaled))
+                scaled = 1e4 * batch.x / batch.x.sum(1, keepdim=True).clamp(min=1)
+                x, own, decoded, scaled = (t.double().cpu().numpy() for t in (batch.x, own, decoded, scaled))
                 weight = rng.exponential(size=(N_WEIGHTS, len(x)))
-                here = member[used[done : done + len(x)]].T  # (n_groups, n)
+                here = part[:, done : done + len(x)]
                 done += len(x)
-                one = [(here.astype(float) @ part) / member.sum(0)[:, None] for part in (x, x != 0, scaled)]
-                many = [
-                    np.stack([weight[:, group] @ part[group] for group in here]) for part in (decoded, x, own)
-                ]  # (n_groups, K, G)
-                parts = [np.stack([weight[:, group].sum(1) for group in here]), *many, *one]
-                for name, part in zip(vars(sums), parts, strict=True):
-                    setattr(sums, name, getattr(sums, name) + part)
+                new = [here.sum(1), np.stack([weight[:, cells].sum(1) for cells in here])]
+                new += [np.stack([weight[:, cells] @ v[cells] for cells in here]) for v in (decoded, x, own)]
+                new += [here.astype(float) @ v for v in (x, x != 0, scaled)]
+                for name, value in zip(vars(sums), new, strict=True):
+                    setattr(sums, name, getattr(sums, name) + value)
                 bar.update(len(x))
-        return sums
+        return sums, parts
 
 
 def _estimates(
-    sums: Sums, first: int, pseudocounts: float, counts: bool
+    groups: list[Sums], pseudocounts: float, counts: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Change between two groups, its standard error, and the groups' means, each (G,)."""
     means, floor = [], 1e-12
-    for group in (first, first + 1):
-        size = sums.weight[group][:, None]
-        decoded, observed, expected = (s[group] / size for s in (sums.decoded, sums.observed, sums.expected))
+    for group in groups:
+        size = group.weight[:, None]  # (K, 1)
         if counts:
-            half = 0.5 / size
-            means.append(decoded * (observed + half) / (expected + half))
-            total = sums.observed[group].mean(0) + 0.5
+            means.append(group.decoded / size * (group.observed + 0.5) / (group.expected + 0.5))
             rate = means[-1].mean(0)
-            floor = floor + (rate / (rate + pseudocounts) / np.log(2)) ** 2 / total
+            floor = floor + (rate / (rate + pseudocounts) / np.log(2)) ** 2 / (group.raw + 0.5)
         else:
-            means.append(decoded + observed - expected)
+            means.append((group.decoded + group.observed - group.expected) / size)
     change = np.log2(means[0] + pseudocounts) - np.log2(means[1] + pseudocounts) if counts else means[0] - means[1]
     error = np.sqrt(np.maximum(change.var(0), floor))
     return change.mean(0), error, means[0].mean(0), means[1].mean(0)
 
 
-def _observed(sums: Sums, first: int, counts: bool) -> dict[str, np.ndarray]:
-    names = {"raw_mean": sums.raw, "non_zeros_proportion": sums.nonzero}
-    names |= {"raw_normalized_mean": sums.normalized} if counts else {}
-    return {f"{name}{k + 1}": part[first + k] for name, part in names.items() for k in range(2)}
+def _observed(groups: list[Sums], counts: bool) -> dict[str, np.ndarray]:
+    names = {"raw_mean": "raw", "non_zeros_proportion": "nonzero"}
+    names |= {"raw_normalized_mean": "normalized"} if counts else {}
+    return {f"{name}{k}": vars(g)[of] / g.n for name, of in names.items() for k, g in enumerate(groups, 1)}
 
 
 def _change(change: np.ndarray, delta: float) -> dict[str, np.ndarray]:
