@@ -177,7 +177,7 @@ def fit_mixture(
         if last.interrupted:
             return MixtureResult(last, None)
         recall = mean_recall(known[hidden], over_cells(module, store, hidden, lambda b: module.classify(b).argmax(1)))
-        by_labels = recall > found.recall + np.sqrt(recall * (1 - recall) / len(hidden))
+        by_labels = recall > found.recall
         logger.info("Recall of held-back labels, learned from the others alone: %.3f", recall)
     if by_labels:
         last = classifier(known, min(LABELLED * warm, LABELLED_EPOCHS))
