@@ -32,7 +32,12 @@ class CVAE(VariationalMixin, CorrectionMixin, SamplingMixin, MappingMixin, BaseM
         blob in z for each condition.
     encode_condition
         q(z|x,c) if true, else q(z|x).
-    likelihood, n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, seed, registry
+    alignment
+        Weight, in nats, of a penalty on the distance between the batches in z; fixed prior only. 0 for none.
+    likelihood
+        As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
+        (without a batch, and with the learned prior: ``"nb"``).
+    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -50,7 +55,8 @@ class CVAE(VariationalMixin, CorrectionMixin, SamplingMixin, MappingMixin, BaseM
         *,
         prior: Literal["fixed", "learned"] = "fixed",
         encode_condition: bool = True,
-        likelihood: str | dict | Likelihood = "nb",
+        alignment: float = 100.0,
+        likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,
         n_layers: int = 1,

@@ -185,9 +185,13 @@ class LatentVariableModule(EvidenceModule, ABC):
         """``reconstruction`` and one ``kl_<variable>`` for each latent variable, each (n,) in nats."""
         batch = replace(batch, x=self.likelihood.observe(batch.x))
         q, p = self.inference(batch), self.prior(batch)
-        draws = {v: d.rsample((self.n_samples,)) for v, d in q.items()}  # each (k, n, d)
+        draws = self.draw(q)
         reconstruction = -batch.log_prob(self.generative(draws, batch)).mean(0)  # (k, n) -> (n,)
         return {"reconstruction": reconstruction} | {f"kl_{v}": self._kl(q[v], p[v], draws[v]) for v in q}
+
+    def draw(self, q: dict[str, Normal]) -> dict[str, Tensor]:
+        """``n_samples`` draws of each latent variable, (k, n, d); a plate may note them for its penalties."""
+        return {v: d.rsample((self.n_samples,)) for v, d in q.items()}
 
     def _kl(self, q: Normal, p: Normal, draws: Tensor) -> Tensor:
         if self.kl == "analytic":

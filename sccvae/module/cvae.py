@@ -11,7 +11,10 @@ from torch.distributions import Normal
 from sccvae.distributions import Likelihood, Observation, as_likelihood
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, Conditions, GaussianEncoder
+from sccvae.nn import MLP, Conditions, GaussianEncoder, batch_discrepancy
+
+#: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
+BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True}
 
 
 class CVAE(LatentVariableModule):
@@ -33,13 +36,19 @@ class CVAE(LatentVariableModule):
         ``"fixed"`` or ``"learned"``.
     encode_condition
         q(z|x,c) if true, else q(z|x).
-    likelihood, n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip
+    alignment
+        Weight, in nats, of the penalty on the distance between the batches in z (:func:`sccvae.nn.batch_discrepancy`);
+        fixed prior only. 0 for none: the loss is then the negative ELBO.
+    likelihood
+        p(x|z,c) or its name. None for the negative binomial: with an offset and a dispersion for each gene and batch if
+        the decoder knows a batch, else with a dispersion for each gene.
+    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip
         As for :class:`sccvae.module.VAE`.
 
     Raises
     ------
     ValueError
-        If there is no condition at all, or ``prior`` is not known.
+        If there is no condition at all, ``prior`` is not known, or ``alignment`` is negative.
     """
 
     nets_of_c = ("prior_net",)
@@ -52,7 +61,8 @@ class CVAE(LatentVariableModule):
         *,
         prior: Literal["fixed", "learned"] = "fixed",
         encode_condition: bool = True,
-        likelihood: str | Likelihood = "nb",
+        alignment: float = 100.0,
+        likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,
         n_layers: int = 1,
@@ -66,6 +76,9 @@ class CVAE(LatentVariableModule):
         super().__init__(kl, n_samples)
         if prior not in ("fixed", "learned"):
             msg = f"prior={prior!r} is not known; choose 'fixed' (forgets the condition) or 'learned' (separates it)."
+            raise ValueError(msg)
+        if alignment < 0:
+            msg = f"alignment={alignment} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
         self.conditions = Conditions(n_categories, n_continuous)
         if not self.conditions.width:
@@ -91,7 +104,11 @@ class CVAE(LatentVariableModule):
         self.decoder = MLP(n_latent, n_cond=n_cond if self.fixed_prior else 0, **mlp)
         self.prior_net = None if self.fixed_prior else GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None)
         n_batch = self.conditions.n_categories[0] if n_categories and self.fixed_prior else None
+        if likelihood is None:
+            likelihood = "nb" if n_batch is None else BATCHWISE
         self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features, n_batch)
+        self.alignment = alignment if n_batch is not None else 0.0
+        self._drawn: Tensor | None = None
 
     def c(self, batch: Batch) -> Tensor:
         """The vector of conditions, (n, C)."""
@@ -108,3 +125,17 @@ class CVAE(LatentVariableModule):
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """p(x|z,c) with the fixed prior, p(x|z) with the learned one."""
         return self.likelihood(self.decoder(latents["z"], self.c(batch)), batch.library, batch.batch_index)
+
+    def draw(self, q: dict[str, Normal]) -> dict[str, Tensor]:
+        """Draws of z, (k, n, d); the first is kept for the penalty."""
+        draws = super().draw(q)
+        self._drawn = draws["z"][0] if self.training and self.alignment else None
+        return draws
+
+    def penalties(self, batch: Batch) -> dict[str, Tensor]:
+        """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
+        z, self._drawn = self._drawn, None
+        if z is None:
+            return {}
+        n_batch = self.conditions.n_categories[0]
+        return {"alignment": self.alignment * batch_discrepancy(z, batch.batch_index, n_batch)}
