@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import nbinom
+from scipy.stats import nbinom, norm
 
 from sccvae import model as models
-from sccvae.data import CellStore, Cells, batch_moments
+from sccvae.data import Cells, CellStore, batch_moments
 from sccvae.distributions import ZINB, NegativeBinomial, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
@@ -154,6 +154,36 @@ def test_penalty_is_weighted_and_no_part_of_the_elbo():
     assert "alignment" not in module.loss(batch)[1]
 
 
+def test_mixture_prior_is_its_definition():
+    """The KL of a draw, term by term; and with one standard normal it is the fixed prior."""
+    torch.manual_seed(5)
+    mixed = Module(6, [2], n_latent=2, n_hidden=4, n_components=3, likelihood="nb", kl="monte_carlo").double().eval()
+    for p in mixed.mixture.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.poisson(torch.full((9, 6), 3.0)).double()
+    batch = Batch.of(x, torch.arange(9) % 2)
+    q = mixed.inference(batch)["z"]
+    torch.manual_seed(6)
+    z = q.rsample((1,))[0].detach().numpy()
+    loc, scale = mixed.mixture.loc.detach().numpy(), mixed.mixture.log_scale.exp().detach().numpy()
+    weights = mixed.mixture.logits.softmax(0).detach().numpy()
+    p_z = sum(w * norm.pdf(z, m, s).prod(1) for w, m, s in zip(weights, loc, scale, strict=True))
+    log_q = norm.logpdf(z, q.loc.detach().numpy(), q.scale.detach().numpy()).sum(1)
+    torch.manual_seed(6)
+    np.testing.assert_allclose(mixed.elbo_terms(batch)["kl_z"].detach().numpy(), log_q - np.log(p_z), rtol=1e-8)
+    bound = mixed.marginal_ll(batch, 50, 10)
+    assert bound.shape == (9,)
+    one = Module(6, [2], n_latent=2, n_hidden=4, n_components=1, likelihood="nb", kl="monte_carlo").double().eval()
+    torch.nn.init.zeros_(one.mixture.loc)
+    plain = Module(6, [2], n_latent=2, n_hidden=4, prior="fixed", likelihood="nb", kl="monte_carlo").double().eval()
+    plain.load_state_dict(one.state_dict(), strict=False)
+    found = []
+    for module in (one, plain):
+        torch.manual_seed(7)
+        found.append(module.elbo_terms(batch)["kl_z"])
+    torch.testing.assert_close(*found)
+
+
 @pytest.fixture(scope="module")
 def cells():
     """Three types in two batches; each batch multiplies the genes by factors of its own."""
@@ -181,6 +211,18 @@ def test_batches_meet_in_training_and_the_model_is_kept(cells, tmp_path):
     assert np.array_equal(again.module.likelihood.offset.detach(), model.module.likelihood.offset.detach())
 
 
+def test_cells_are_drawn_from_the_mixture(cells):
+    CVAE.setup_anndata(cells, batch_key="batch")
+    model = CVAE(cells, n_latent=2, n_hidden=4, n_components=2)
+    model.is_trained = True
+    with torch.no_grad():
+        model.module.mixture.loc.copy_(torch.tensor([[50.0, 0.0], [-50.0, 0.0]]))
+        model.module.mixture.logits.copy_(torch.tensor([0.8, 0.2]).log())
+    z = model.sample(1000, seed=1).obsm["z"]
+    assert np.isclose((z[:, 0] > 0).mean(), 0.8, atol=0.04)
+    assert np.isclose(z[z[:, 0] > 0, 0].mean(), 50, atol=0.2)
+
+
 def test_a_new_batch_starts_between_the_known(cells):
     CVAE.setup_anndata(cells, batch_key="batch")
     model = CVAE(cells, n_latent=3, n_hidden=8)
@@ -194,5 +236,6 @@ def test_a_new_batch_starts_between_the_known(cells):
         assert torch.equal(after[:2], before)
         torch.testing.assert_close(after[2], before.mean(0))
     mapped.train(**FAST)
+    assert torch.equal(mapped.module.mixture.loc, model.module.mixture.loc)
     assert torch.equal(mapped.module.likelihood.offset[:2], old.offset)
     assert not torch.equal(mapped.module.likelihood.offset[2], old.offset.mean(0))
