@@ -63,6 +63,14 @@ def test_discrepancy_is_zero_on_average_and_grows_with_a_shift():
     assert float(one) == 0.0
 
 
+def test_discrepancy_keeps_its_digits_under_autocast():
+    torch.manual_seed(8)
+    z, batch = torch.randn(60, 5), torch.arange(60) % 3
+    with torch.autocast("cpu", torch.bfloat16):
+        found = batch_discrepancy(z, batch, 3)
+    assert torch.equal(found, batch_discrepancy(z, batch, 3))
+
+
 def test_discrepancy_has_a_finite_gradient_at_equal_points():
     z = torch.zeros(6, 2, requires_grad=True)
     batch_discrepancy(z, torch.arange(6) % 2, 2).backward()
