@@ -90,7 +90,7 @@ def cvae(n_seeds: int, only: list[str] | None = None, validation: bool = False) 
         "CVAE, learned prior": (CVAE, {"prior": "learned", "likelihood": "bernoulli"}),
         # The source text's likelihood (4.2.7): a weaker reconstruction, so the blobs of the prior count for more.
         "CVAE, learned prior, unit normal": (CVAE, {"prior": "learned", "likelihood": Normal("unit")}),
-        "CVAE, fixed prior": (CVAE, {"prior": "fixed", "likelihood": "bernoulli"}),
+        "CVAE, fixed prior": (CVAE, {"prior": "fixed", "alignment": 0.0, "likelihood": "bernoulli"}),
     }
     rows = []
     for seed in range(n_seeds):

@@ -58,7 +58,7 @@ def scvi(adata: ad.AnnData, cells: CellSet, seed: int) -> np.ndarray:
 
 
 def cvae(adata: ad.AnnData, cells: CellSet, seed: int, **options) -> np.ndarray:
-    """Our CVAE (NB, fixed prior) at its defaults."""
+    """Our CVAE at its defaults."""
     from sccvae.model import CVAE
 
     copy = adata.copy()

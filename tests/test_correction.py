@@ -117,7 +117,7 @@ def test_prior_centers():
     median = np.median(totals(model.adata))
     np.testing.assert_allclose(np.asarray(centers.X.sum(1)).ravel(), median, rtol=1e-3)
     assert (centers.X != model.prior_centers().X).sum() == 0
-    with pytest.raises(ValueError, match=r"prior='fixed' has no centres.*prior='learned'"):
+    with pytest.raises(ValueError, match=r"has no centres of the conditions.*prior='learned'"):
         trained("cvae-nb").prior_centers()
 
 

@@ -5,6 +5,7 @@ from sccvae.data.confounding import confounding
 from sccvae.data.fields import Schema, anndata_fields, check_setup
 from sccvae.data.lazy import open_anndata
 from sccvae.data.masked import MaskedStore, measured, read_measured
+from sccvae.data.moments import batch_moments
 from sccvae.data.ondisk import DiskMatrix, free_memory, gigabytes
 from sccvae.data.read import Cells, check_support, read_cells
 from sccvae.data.splits import split_indices
@@ -19,6 +20,7 @@ __all__ = [
     "MaskedStore",
     "Schema",
     "anndata_fields",
+    "batch_moments",
     "check_setup",
     "check_support",
     "confounding",

@@ -95,6 +95,11 @@ class Likelihood(nn.Module, ABC):
         A family without heads to start this way leaves this as it is: nothing happens.
         """
 
+    @property
+    def batchwise(self) -> tuple[str, ...]:
+        """Names of its parameters that have a row for each batch; none in most families."""
+        return ()
+
     def observe(self, x: Tensor) -> Tensor:
         """What stands for the observation in the ELBO, (n, G): the data themselves unless a family resamples them."""
         return x

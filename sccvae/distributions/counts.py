@@ -250,6 +250,9 @@ class NegativeBinomial(_CountLikelihood):
     ----------
     dispersion
         ``"gene"`` one inverse dispersion per gene; ``"gene-batch"`` per gene and batch; ``"gene-cell"`` by the network.
+    batch_offset
+        Add a learned log factor for each gene and batch to the network's: head(h) + offset of the batch. It starts at
+        the data (:meth:`initialise_batches`), so that no other weight has to learn what a batch does to a gene.
 
     Raises
     ------
@@ -261,31 +264,66 @@ class NegativeBinomial(_CountLikelihood):
     Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
     """
 
-    def __init__(self, dispersion: Literal["gene", "gene-batch", "gene-cell"] = "gene") -> None:
+    def __init__(
+        self, dispersion: Literal["gene", "gene-batch", "gene-cell"] = "gene", batch_offset: bool = False
+    ) -> None:
         if dispersion not in ("gene", "gene-batch", "gene-cell"):
             msg = f"dispersion={dispersion!r} is not known; choose 'gene', 'gene-batch' or 'gene-cell'."
             raise ValueError(msg)
-        super().__init__(dispersion=dispersion)
+        super().__init__(dispersion=dispersion, batch_offset=batch_offset)
 
     def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         """Create the heads; see :meth:`Likelihood.build`."""
         super().build(n_in, n_features, n_batch)
+        batchwise = self.settings["dispersion"] == "gene-batch"
+        if self.batchwise and n_batch is None:
+            asked = "dispersion='gene-batch'" if batchwise else "batch_offset=True"
+            msg = (
+                f"{asked} needs a model whose decoder sees the batch: use a CVAE with batch_key and prior='fixed', or "
+                "dispersion='gene' without batch_offset."
+            )
+            raise ValueError(msg)
         if self.settings["dispersion"] == "gene-cell":
             self.theta_head = nn.Linear(n_in, n_features)
         else:
-            batchwise = self.settings["dispersion"] == "gene-batch"
-            if batchwise and n_batch is None:
-                msg = (
-                    "dispersion='gene-batch' needs a model whose decoder sees the batch: use a CVAE with batch_key and "
-                    "prior='fixed', or dispersion='gene'."
-                )
-                raise ValueError(msg)
             self.log_theta = nn.Parameter(torch.zeros(n_batch if batchwise else 1, n_features))
+        if self.settings["batch_offset"]:
+            self.offset = nn.Parameter(torch.zeros(n_batch, n_features))
         return self
+
+    @property
+    def batchwise(self) -> tuple[str, ...]:
+        """Its parameters that have a row for each batch."""
+        theta = ("log_theta",) if self.settings["dispersion"] == "gene-batch" else ()
+        return theta + (("offset",) if self.settings["batch_offset"] else ())
+
+    @torch.no_grad()
+    def initialise_batches(self, mean: Tensor, theta: Tensor) -> None:
+        """Start what belongs to a batch at its data; to be called after :meth:`initialise`.
+
+        Parameters
+        ----------
+        mean
+            Mean proportion of each gene in each batch, (n_batch, G).
+        theta
+            Inverse dispersion by the method of moments, (n_batch, G), positive. Twice this is where it starts, since
+            part of a gene's variance is what z will explain.
+        """
+        if "offset" in self.batchwise:
+            overall = self.scale_head.bias.exp()
+            # A twentieth of the overall mean is added: a gene without a count in a batch may still be there.
+            self.offset.copy_(((mean + overall / 20) / (overall * 1.05)).log())
+        if "log_theta" in self.batchwise:
+            self.log_theta.copy_((2 * theta).log())
 
     def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> NBObservation:
         """Distribution of counts; see :meth:`Likelihood.forward`."""
-        return NBObservation(self._log_scale(h), library, self._log_theta(h, batch_index))
+        return NBObservation(self._log_scale(h, batch_index), library, self._log_theta(h, batch_index))
+
+    def _log_scale(self, h: Tensor, batch_index: Tensor | None = None) -> Tensor:
+        if not self.settings["batch_offset"]:
+            return super()._log_scale(h)
+        return torch.log_softmax(self.scale_head(h) + self.offset[batch_index], dim=-1)
 
     def _log_theta(self, h: Tensor, batch_index: Tensor | None) -> Tensor:
         match self.settings["dispersion"]:
@@ -303,7 +341,7 @@ class ZINB(NegativeBinomial):
 
     Parameters
     ----------
-    dispersion
+    dispersion, batch_offset
         As in :class:`NegativeBinomial`.
 
     References
@@ -319,4 +357,5 @@ class ZINB(NegativeBinomial):
 
     def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> ZINBObservation:
         """Distribution of counts; see :meth:`Likelihood.forward`."""
-        return ZINBObservation(self._log_scale(h), library, self._log_theta(h, batch_index), self.zero_head(h))
+        log_scale = self._log_scale(h, batch_index)
+        return ZINBObservation(log_scale, library, self._log_theta(h, batch_index), self.zero_head(h))

@@ -24,6 +24,7 @@ from sccvae.data import (
     DiskMatrix,
     Schema,
     anndata_fields,
+    batch_moments,
     check_setup,
     check_support,
     read_cells,
@@ -291,6 +292,9 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
                 raise ValueError(msg)
             mean = mean / mean.sum()
         self.module.likelihood.initialise(torch.from_numpy(mean))
+        if self.module.likelihood.batchwise:
+            moments = batch_moments(store, self.schema.n_categories[0])
+            self.module.likelihood.initialise_batches(*map(torch.from_numpy, moments))
         if hasattr(self.module, "conditions"):
             self.module.conditions.standardise(torch.from_numpy(cells.covariates))
 

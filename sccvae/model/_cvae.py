@@ -40,12 +40,20 @@ class CVAE(
         ``categorical_covariate_keys`` or
         ``continuous_covariate_keys``.
     prior
-        ``"fixed"``: p(x|z,c) N(z; 0, I), z forgets the conditions (batch-effect removal). ``"learned"``: p(x|z)
-        p(z|c), one
-        blob in z for each condition.
+        ``"mixture"``: p(x|z,c) p(z), z forgets the conditions (batch-effect removal); p(z) is a mixture of normals,
+        learned and shared by all conditions. ``"fixed"``: the same with p(z) = N(0, I). ``"learned"``: p(x|z) p(z|c),
+        one blob in z for each condition.
+    n_components
+        Number of normals in the mixture.
     encode_condition
         q(z|x,c) if true, else q(z|x).
-    likelihood, n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, seed, registry
+    alignment
+        Weight, in nats, of a penalty on the distance between the batches in z; not with the learned prior. 0 for
+        none.
+    likelihood
+        As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
+        (without a batch, and with the learned prior: ``"nb"``).
+    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -61,9 +69,11 @@ class CVAE(
         self,
         adata: AnnData | None = None,
         *,
-        prior: Literal["fixed", "learned"] = "fixed",
+        prior: Literal["mixture", "fixed", "learned"] = "mixture",
+        n_components: int = 20,
         encode_condition: bool = True,
-        likelihood: str | dict | Likelihood = "nb",
+        alignment: float = 300.0,
+        likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,
         n_layers: int = 1,
@@ -106,10 +116,13 @@ class CVAE(
         Raises
         ------
         ValueError
-            If the prior is fixed: it has one centre, zero.
+            If the prior is shared by the conditions: no centre belongs to one of them.
         """
-        if self.module.fixed_prior:
-            msg = "prior='fixed' has no centres of its own; make the model with prior='learned'."
+        if self.module.shared_prior:
+            msg = (
+                f"prior={self.settings['prior']!r} has no centres of the conditions; make the model with "
+                "prior='learned'."
+            )
             raise ValueError(msg)
         codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(len(self.reference["frequencies"]), -1)
         library = np.full((len(codes), 1), self.reference["library_quantiles"][50], dtype=np.float32)

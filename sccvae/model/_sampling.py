@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
+from torch.distributions import Normal
 
 from sccvae.model._base import INFERENCE_BATCH, evaluating
 from sccvae.module import Batch
@@ -99,6 +100,8 @@ class SamplingMixin:
         """Draws of z from its prior, or its mean, (len(rows), d)."""
         p = self.module.prior(batch)["z"]
         shape = (len(rows), self.settings["n_latent"])
+        if not isinstance(p, Normal):
+            return p.mean.expand(shape) if center else p.sample(shape[:1])
         loc, scale = p.loc.expand(shape), p.scale.expand(shape)
         return loc if center else loc + scale * torch.randn(shape, device=loc.device)
 

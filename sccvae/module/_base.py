@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
+from torch.distributions import Distribution, Normal
 
 from sccvae.distributions import Observation, kl_normal
 from sccvae.module._factorization import Factorization
@@ -152,14 +152,15 @@ class EvidenceModule(GenerativeModule, ABC):
 
 
 class LatentVariableModule(EvidenceModule, ABC):
-    """A model whose latent variables all have a normal posterior and a normal prior.
+    """A model whose latent variables all have a normal posterior, and a normal prior or one of known density.
 
     A plate gives ``inference``, ``prior`` and ``generative``; the ELBO (equation 4.8) follows.
 
     Parameters
     ----------
     kl
-        ``"analytic"`` (equation 4.13) or ``"monte_carlo"``, the mean of log q - log p over the draws (equation 4.10).
+        ``"analytic"`` (equation 4.13) or ``"monte_carlo"``, the mean of log q - log p over the draws (equation 4.10),
+        which is also taken where the prior is not normal.
     n_samples
         Number k of draws from q for each observation.
 
@@ -178,28 +179,38 @@ class LatentVariableModule(EvidenceModule, ABC):
         self.n_samples = n_samples
 
     @abstractmethod
-    def prior(self, batch: Batch) -> dict[str, Normal]:
-        """Give p of each latent variable, broadcastable to (n, d)."""
+    def prior(self, batch: Batch) -> dict[str, Distribution]:
+        """Give p of each latent variable: a normal broadcastable to (n, d), or a distribution of vectors (d,)."""
 
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """``reconstruction`` and one ``kl_<variable>`` for each latent variable, each (n,) in nats."""
         batch = replace(batch, x=self.likelihood.observe(batch.x))
         q, p = self.inference(batch), self.prior(batch)
-        draws = {v: d.rsample((self.n_samples,)) for v, d in q.items()}  # each (k, n, d)
+        draws = self.draw(q)
         reconstruction = -batch.log_prob(self.generative(draws, batch)).mean(0)  # (k, n) -> (n,)
         return {"reconstruction": reconstruction} | {f"kl_{v}": self._kl(q[v], p[v], draws[v]) for v in q}
 
-    def _kl(self, q: Normal, p: Normal, draws: Tensor) -> Tensor:
-        if self.kl == "analytic":
+    def draw(self, q: dict[str, Normal]) -> dict[str, Tensor]:
+        """``n_samples`` draws of each latent variable, (k, n, d); a plate may note them for its penalties."""
+        return {v: d.rsample((self.n_samples,)) for v, d in q.items()}
+
+    def _kl(self, q: Normal, p: Distribution, draws: Tensor) -> Tensor:
+        if self.kl == "analytic" and isinstance(p, Normal):
             return kl_normal(q.loc, q.scale, p.loc, p.scale)
-        return (q.log_prob(draws) - p.log_prob(draws)).sum(-1).mean(0)
+        return (log_density(q, draws) - log_density(p, draws)).mean(0)
 
     def log_weights(self, batch: Batch, n_samples: int) -> Tensor:
         """Log importance weights log p(x,z|c) - log q(z|x,c) of draws from q, (n_samples, n) in nats."""
         q, p = self.inference(batch), self.prior(batch)
         z = {name: d.sample((n_samples,)) for name, d in q.items()}
         log_w = batch.log_prob(self.generative(z, batch))
-        return log_w + sum((p[v].log_prob(z[v]) - q[v].log_prob(z[v])).sum(-1) for v in z)
+        return log_w + sum(log_density(p[v], z[v]) - log_density(q[v], z[v]) for v in z)
+
+
+def log_density(p: Distribution, z: Tensor) -> Tensor:
+    """Log density of vectors z (..., n, d) in nats, (..., n), under normals of each value or a distribution of (d,)."""
+    log_p = p.log_prob(z)
+    return log_p if p.event_shape else log_p.sum(-1)
 
 
 def standard_normal(x: Tensor) -> Normal:

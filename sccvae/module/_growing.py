@@ -11,9 +11,6 @@ from torch import Tensor
 from sccvae.module._base import GenerativeModule
 from sccvae.nn import ConditionedLinear, new_columns, widen
 
-#: The one parameter of a likelihood with a row for each batch.
-BATCHWISE = "likelihood.log_theta"
-
 
 def _weights_on_c(module: GenerativeModule) -> list[str]:
     """Names of the weights (n_out, C) that multiply c."""
@@ -26,8 +23,9 @@ def _weights_on_c(module: GenerativeModule) -> list[str]:
     return layers + [f"{name}.body.linears.0.linear.weight" for name in nets]
 
 
-def _is_batchwise(module: GenerativeModule) -> bool:
-    return module.likelihood.settings.get("dispersion") == "gene-batch"
+def _batchwise(module: GenerativeModule) -> list[str]:
+    """Names of the weights with a row for each batch."""
+    return [f"likelihood.{name}" for name in module.likelihood.batchwise]
 
 
 def grow(module: GenerativeModule, state: Mapping[str, Tensor], known: Sequence[int]) -> dict[str, Tensor]:
@@ -53,8 +51,8 @@ def grow(module: GenerativeModule, state: Mapping[str, Tensor], known: Sequence[
     wanted = module.conditions.n_categories
     for name in _weights_on_c(module):
         grown[name] = widen(state[name], known, wanted)
-    if _is_batchwise(module):
-        grown[BATCHWISE] = widen(state[BATCHWISE].T, known[:1], wanted[:1]).T.contiguous()
+    for name in _batchwise(module):
+        grown[name] = widen(state[name].T, known[:1], wanted[:1]).T.contiguous()
     return grown
 
 
@@ -78,8 +76,8 @@ def new_weights(module: GenerativeModule, known: Sequence[int]) -> dict[str, Ten
     wanted, n_continuous = conditions.n_categories, len(conditions.center)
     new = new_columns(known, wanted, n_continuous)
     masks = dict.fromkeys(_weights_on_c(module), new)
-    if _is_batchwise(module) and wanted[0] > known[0]:
-        masks[BATCHWISE] = new_columns(known[:1], wanted[:1])[:, None]
+    if tuple(known[:1]) != tuple(wanted[:1]):
+        masks |= dict.fromkeys(_batchwise(module), new_columns(known[:1], wanted[:1])[:, None])
     return masks
 
 

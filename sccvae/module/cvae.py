@@ -5,19 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-from torch.distributions import Normal
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 
 from sccvae.distributions import Likelihood, Observation, as_likelihood
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, Conditions, GaussianEncoder
+from sccvae.nn import MLP, Conditions, GaussianEncoder, batch_discrepancy, check_sizes
+
+#: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
+BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True}
+
+
+class Mixture(nn.Module):
+    """p(z) = sum_k pi_k N(z; m_k, diag s_k^2): a learned mixture of normals.
+
+    Parameters
+    ----------
+    n_components
+        Number K of normals.
+    n_latent
+        Dimension d of z.
+    """
+
+    def __init__(self, n_components: int, n_latent: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.randn(n_components, n_latent))
+        self.log_scale = nn.Parameter(torch.zeros(n_components, n_latent))
+        self.logits = nn.Parameter(torch.zeros(n_components))
+
+    def forward(self) -> MixtureSameFamily:
+        """The distribution of vectors (d,)."""
+        normals = Independent(Normal(self.loc, self.log_scale.exp(), validate_args=False), 1, validate_args=False)
+        return MixtureSameFamily(Categorical(logits=self.logits, validate_args=False), normals, validate_args=False)
 
 
 class CVAE(LatentVariableModule):
     """Conditional VAE.
 
     ``prior="fixed"``: p(x|z,c) N(z; 0, I). The decoder knows c, so z need not hold it: z forgets the condition.
+    ``prior="mixture"``: the same with p(z) = sum_k pi_k N(z; m_k, diag s_k^2), learned and shared by all conditions.
+    Groups of cells need not be drawn to one centre.
     ``prior="learned"``: p(x|z) p(z|c) p(c). The decoder knows z only, so z must hold c: one blob for each condition,
     placed by a network (equation 4.16). p(c) is constant and left out of the loss.
 
@@ -30,16 +59,24 @@ class CVAE(LatentVariableModule):
     n_continuous
         Number of continuous covariates in c.
     prior
-        ``"fixed"`` or ``"learned"``.
+        ``"mixture"``, ``"fixed"`` or ``"learned"``.
+    n_components
+        Number K of normals in the mixture.
     encode_condition
         q(z|x,c) if true, else q(z|x).
-    likelihood, n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip
+    alignment
+        Weight, in nats, of the penalty on the distance between the batches in z (:func:`sccvae.nn.batch_discrepancy`);
+        not with the learned prior. 0 for none: the loss is then the negative ELBO.
+    likelihood
+        p(x|z,c) or its name. None for the negative binomial: with an offset and a dispersion for each gene and batch if
+        the decoder knows a batch, else with a dispersion for each gene.
+    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip
         As for :class:`sccvae.module.VAE`.
 
     Raises
     ------
     ValueError
-        If there is no condition at all, or ``prior`` is not known.
+        If there is no condition at all, ``prior`` is not known, or ``alignment`` is negative.
     """
 
     nets_of_c = ("prior_net",)
@@ -50,9 +87,11 @@ class CVAE(LatentVariableModule):
         n_categories: Sequence[int],
         n_continuous: int = 0,
         *,
-        prior: Literal["fixed", "learned"] = "fixed",
+        prior: Literal["mixture", "fixed", "learned"] = "mixture",
+        n_components: int = 20,
         encode_condition: bool = True,
-        likelihood: str | Likelihood = "nb",
+        alignment: float = 300.0,
+        likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,
         n_layers: int = 1,
@@ -64,8 +103,15 @@ class CVAE(LatentVariableModule):
         skip: bool = False,
     ) -> None:
         super().__init__(kl, n_samples)
-        if prior not in ("fixed", "learned"):
-            msg = f"prior={prior!r} is not known; choose 'fixed' (forgets the condition) or 'learned' (separates it)."
+        if prior not in ("mixture", "fixed", "learned"):
+            msg = (
+                f"prior={prior!r} is not known; choose 'mixture' or 'fixed' (forget the condition) or 'learned' "
+                "(separates it)."
+            )
+            raise ValueError(msg)
+        check_sizes(n_components=n_components)
+        if alignment < 0:
+            msg = f"alignment={alignment} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
         self.conditions = Conditions(n_categories, n_continuous)
         if not self.conditions.width:
@@ -74,9 +120,9 @@ class CVAE(LatentVariableModule):
             )
             raise ValueError(msg)
         self.encode_condition = encode_condition
-        self.fixed_prior = prior == "fixed"
+        self.shared_prior = prior != "learned"
         self.factors = Factorization(
-            p="p(x|z,c) p(z)" if self.fixed_prior else "p(x|z) p(z|c) p(c)",
+            p="p(x|z,c) p(z)" if self.shared_prior else "p(x|z) p(z|c) p(c)",
             q="q(z|x,c)" if encode_condition else "q(z|x)",
         )
         mlp = {
@@ -88,10 +134,16 @@ class CVAE(LatentVariableModule):
         }
         n_cond = self.conditions.width
         self.encoder = GaussianEncoder(n_features, n_latent, n_cond=n_cond if encode_condition else 0, **mlp)
-        self.decoder = MLP(n_latent, n_cond=n_cond if self.fixed_prior else 0, **mlp)
-        self.prior_net = None if self.fixed_prior else GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None)
-        n_batch = self.conditions.n_categories[0] if n_categories and self.fixed_prior else None
+        self.decoder = MLP(n_latent, n_cond=n_cond if self.shared_prior else 0, **mlp)
+        learned = GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None) if prior == "learned" else None
+        self.prior_net = learned
+        self.mixture = Mixture(n_components, n_latent) if prior == "mixture" else None
+        n_batch = self.conditions.n_categories[0] if n_categories and self.shared_prior else None
+        if likelihood is None:
+            likelihood = "nb" if n_batch is None else BATCHWISE
         self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features, n_batch)
+        self.alignment = alignment if n_batch is not None else 0.0
+        self._drawn: Tensor | None = None
 
     def c(self, batch: Batch) -> Tensor:
         """The vector of conditions, (n, C)."""
@@ -101,10 +153,26 @@ class CVAE(LatentVariableModule):
         """q(z|x,c) or q(z|x)."""
         return {"z": self.encoder(self.likelihood.encoder_input(batch.x), self.c(batch))}
 
-    def prior(self, batch: Batch) -> dict[str, Normal]:
-        """N(z; 0, I), or p(z|c) by a network."""
-        return {"z": standard_normal(batch.x) if self.fixed_prior else self.prior_net(self.c(batch))}
+    def prior(self, batch: Batch) -> dict[str, Distribution]:
+        """The mixture, N(z; 0, I), or p(z|c) by a network."""
+        if self.mixture is not None:
+            return {"z": self.mixture()}
+        return {"z": standard_normal(batch.x) if self.shared_prior else self.prior_net(self.c(batch))}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
-        """p(x|z,c) with the fixed prior, p(x|z) with the learned one."""
+        """p(x|z,c) if the prior is shared, p(x|z) with the learned one."""
         return self.likelihood(self.decoder(latents["z"], self.c(batch)), batch.library, batch.batch_index)
+
+    def draw(self, q: dict[str, Normal]) -> dict[str, Tensor]:
+        """Draws of z, (k, n, d); the first is kept for the penalty."""
+        draws = super().draw(q)
+        self._drawn = draws["z"][0] if self.training and self.alignment else None
+        return draws
+
+    def penalties(self, batch: Batch) -> dict[str, Tensor]:
+        """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
+        z, self._drawn = self._drawn, None
+        if z is None:
+            return {}
+        n_batch = self.conditions.n_categories[0]
+        return {"alignment": self.alignment * batch_discrepancy(z, batch.batch_index, n_batch)}

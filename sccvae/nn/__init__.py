@@ -1,6 +1,7 @@
 """Networks: conditioned layers, encoders, decoders' bodies, corruption. On torch alone."""
 
 from sccvae.nn.adversarial import virtual_adversarial_penalty
+from sccvae.nn.alignment import batch_discrepancy
 from sccvae.nn.conditions import ConditionedLinear, Conditions, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes
@@ -14,6 +15,7 @@ __all__ = [
     "GaussianNoise",
     "Masking",
     "as_corruption",
+    "batch_discrepancy",
     "check_sizes",
     "new_columns",
     "virtual_adversarial_penalty",

@@ -52,7 +52,7 @@ def correct(
     adata
         Cells x genes, in memory or backed.
     model
-        ``"cvae"``, or a trained CVAE with ``prior="fixed"`` (see :func:`embed`).
+        ``"cvae"``, or a trained CVAE whose decoder sees the batch (see :func:`embed`).
     batch_key
         Column of ``obs`` with the batch. Needed unless the model is trained.
     reference

@@ -1,0 +1,249 @@
+"""What the CVAE does about batches: offsets and dispersions that start at the data, and the alignment penalty."""
+
+from __future__ import annotations
+
+import itertools
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import nbinom, norm
+
+from sccvae import model as models
+from sccvae.data import Cells, CellStore, batch_moments
+from sccvae.distributions import ZINB, NegativeBinomial, log_nb
+from sccvae.model import CVAE
+from sccvae.module import CVAE as Module
+from sccvae.module import Batch
+from sccvae.nn import batch_discrepancy
+from sccvae.nn.alignment import WIDTHS
+
+FAST = {"accelerator": "cpu", "progress_bar": False}
+
+
+def store_of(x, batch):
+    x = np.asarray(x, np.float32)
+    codes = np.asarray(batch, np.int64)[:, None]
+    return CellStore(Cells(x, codes, np.zeros((len(x), 0), np.float32), x.sum(1, keepdims=True)))
+
+
+def test_discrepancy_is_its_definition():
+    """Every pair of cells by itself; a batch of one cell, and one without a cell, are left out."""
+    torch.manual_seed(0)
+    n, d = 24, 3
+    z, batch = torch.randn(n, d, dtype=torch.float64), torch.randint(0, 2, (n,))
+    batch[0] = 2
+
+    def kernel(a, b):
+        return sum(torch.exp(-((a - b) ** 2).sum() / d / w) for w in WIDTHS) / len(WIDTHS)
+
+    def mean(pairs):
+        return sum(kernel(z[i], z[j]) for i, j in pairs) / len(pairs)
+
+    expected = 0.0
+    for b in (0, 1):
+        own, rest = ([i for i in range(n) if (batch[i] == b) == inside] for inside in (True, False))
+        within = mean(list(itertools.permutations(own, 2))) + mean(list(itertools.permutations(rest, 2)))
+        expected += len(own) / n * (within - 2 * mean(list(itertools.product(own, rest))))
+    torch.testing.assert_close(batch_discrepancy(z, batch, 4), expected)
+
+
+def test_discrepancy_is_zero_on_average_and_grows_with_a_shift():
+    torch.manual_seed(1)
+    same = [batch_discrepancy(torch.randn(60, 5), torch.arange(60) % 3, 3) for _ in range(200)]
+    mean, error = torch.stack(same).mean(), torch.stack(same).std() / 200**0.5
+    assert abs(mean) < 3 * error
+    z, batch = torch.randn(300, 5), torch.arange(300) % 3
+    far = [batch_discrepancy(z + shift * (batch == 0)[:, None], batch, 3) for shift in (0.0, 0.5, 1.0, 2.0)]
+    assert far == sorted(far)
+    assert far[-1] > 0.1
+    one = batch_discrepancy(z, torch.zeros(300, dtype=torch.long), 1)
+    assert float(one) == 0.0
+
+
+def test_discrepancy_keeps_its_digits_under_autocast():
+    torch.manual_seed(8)
+    z, batch = torch.randn(60, 5), torch.arange(60) % 3
+    with torch.autocast("cpu", torch.bfloat16):
+        found = batch_discrepancy(z, batch, 3)
+    assert torch.equal(found, batch_discrepancy(z, batch, 3))
+
+
+def test_discrepancy_has_a_finite_gradient_at_equal_points():
+    z = torch.zeros(6, 2, requires_grad=True)
+    batch_discrepancy(z, torch.arange(6) % 2, 2).backward()
+    assert torch.isfinite(z.grad).all()
+
+
+def test_moments_find_planted_proportions_and_dispersions():
+    rng = np.random.default_rng(0)
+    n, rho = 16_000, np.array([[0.1, 0.3, 0.6], [0.5, 0.3, 0.2]])
+    theta = np.array([[1.0, 4.0, 10.0], [0.5, 2.0, 6.0]])
+    batch = rng.integers(2, size=n)
+    library = rng.uniform(100, 300, size=(n, 1)).astype(np.float32)
+    mu = library * rho[batch]
+    x = nbinom.rvs(theta[batch], theta[batch] / (theta[batch] + mu), random_state=rng).astype(np.float32)
+    store = store_of(x, batch)
+    store.cells.library = library
+    found_rho, found_theta = batch_moments(store, 3)
+    np.testing.assert_allclose(found_rho[:2], rho, rtol=0.05)
+    np.testing.assert_allclose(found_theta[:2], theta, rtol=0.2)
+    everything = batch_moments(store_of(x, np.zeros(n)), 1)[0]
+    np.testing.assert_allclose(found_rho[2], x.sum(0) / library.sum(), rtol=1e-5)  # no cell: that of all cells
+    assert everything.shape == (1, 3)
+    assert np.isfinite(found_theta).all()
+
+
+def test_moments_of_silent_genes_stay_within_bounds():
+    x = np.zeros((8, 3))
+    x[:, 0], x[0, 1] = 5, 1
+    rho, theta = batch_moments(store_of(x, np.arange(8) % 2), 2)
+    assert (rho[:, 2] == 0).all()
+    assert ((theta >= 0.05) & (theta <= 20)).all()
+
+
+@pytest.mark.parametrize("family", [NegativeBinomial, ZINB])
+def test_offsets_start_each_batch_at_its_data(family):
+    mean = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    by_batch = torch.tensor([[0.2, 0.3, 0.5, 0.0], [0.8, 0.1, 0.0, 0.1]])
+    built = family("gene-batch", batch_offset=True).build(3, 4, 2)
+    built.initialise(mean)
+    built.initialise_batches(by_batch, torch.full((2, 4), 3.0))
+    torch.testing.assert_close(built.log_theta.exp(), torch.full((2, 4), 6.0))
+    h, batch = torch.zeros(2, 2, 3), torch.tensor([0, 1])
+    rho = built(h, torch.ones(2, 1), batch).expression()
+    assert rho.shape == (2, 2, 4)
+    assert (rho[0] - by_batch).abs().max() < 0.05
+    assert (rho > 0).all()
+
+
+def test_offset_enters_the_mass():
+    torch.manual_seed(2)
+    built = NegativeBinomial("gene-batch", batch_offset=True).build(3, 5, 2)
+    torch.nn.init.normal_(built.offset)
+    torch.nn.init.normal_(built.log_theta)
+    h, library, batch = torch.randn(4, 3), torch.full((4, 1), 50.0), torch.tensor([0, 1, 1, 0])
+    x = torch.poisson(torch.full((4, 5), 8.0))
+    logits = h @ built.scale_head.weight.T + built.scale_head.bias + built.offset[batch]
+    expected = log_nb(x, logits.log_softmax(-1) + library.log(), built.log_theta[batch]).sum(-1)
+    torch.testing.assert_close(built(h, library, batch).log_prob(x), expected)
+    with pytest.raises(ValueError, match="batch_offset=True needs a model whose decoder sees the batch"):
+        NegativeBinomial(batch_offset=True).build(3, 5)
+
+
+def test_defaults_follow_the_plate():
+    assert Module(6, [2]).likelihood.batchwise == ("log_theta", "offset")
+    for plain in (Module(6, [2], prior="learned"), Module(6, [], 1), Module(6, [2], likelihood="nb")):
+        assert plain.likelihood.batchwise == ()
+    assert Module(6, [], 1).alignment == Module(6, [2], prior="learned").alignment == 0.0
+    with pytest.raises(ValueError, match="alignment=-1"):
+        Module(6, [2], alignment=-1.0)
+
+
+def test_penalty_is_weighted_and_no_part_of_the_elbo():
+    torch.manual_seed(3)
+    module = Module(6, [2], n_latent=2, n_hidden=4, alignment=7.0)
+    batch = Batch.of(torch.poisson(torch.full((20, 6), 3.0)), torch.arange(20) % 2)
+    torch.manual_seed(4)
+    loss, report = module.loss(batch)
+    torch.manual_seed(4)
+    module.alignment = 0.0
+    plain, without = module.loss(batch)
+    assert "alignment" not in without
+    torch.testing.assert_close(loss - plain, report["alignment"])
+    torch.testing.assert_close(report["elbo"], without["elbo"])
+    torch.manual_seed(4)
+    z = module.inference(batch)["z"].rsample((1,))[0]
+    torch.testing.assert_close(report["alignment"], 7.0 * batch_discrepancy(z, batch.batch_index, 2))
+    module.alignment = 7.0
+    module.eval()
+    assert "alignment" not in module.loss(batch)[1]
+
+
+def test_mixture_prior_is_its_definition():
+    """The KL of a draw, term by term; and with one standard normal it is the fixed prior."""
+    torch.manual_seed(5)
+    mixed = Module(6, [2], n_latent=2, n_hidden=4, n_components=3, likelihood="nb", kl="monte_carlo").double().eval()
+    for p in mixed.mixture.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.poisson(torch.full((9, 6), 3.0)).double()
+    batch = Batch.of(x, torch.arange(9) % 2)
+    q = mixed.inference(batch)["z"]
+    torch.manual_seed(6)
+    z = q.rsample((1,))[0].detach().numpy()
+    loc, scale = mixed.mixture.loc.detach().numpy(), mixed.mixture.log_scale.exp().detach().numpy()
+    weights = mixed.mixture.logits.softmax(0).detach().numpy()
+    p_z = sum(w * norm.pdf(z, m, s).prod(1) for w, m, s in zip(weights, loc, scale, strict=True))
+    log_q = norm.logpdf(z, q.loc.detach().numpy(), q.scale.detach().numpy()).sum(1)
+    torch.manual_seed(6)
+    np.testing.assert_allclose(mixed.elbo_terms(batch)["kl_z"].detach().numpy(), log_q - np.log(p_z), rtol=1e-8)
+    bound = mixed.marginal_ll(batch, 50, 10)
+    assert bound.shape == (9,)
+    one = Module(6, [2], n_latent=2, n_hidden=4, n_components=1, likelihood="nb", kl="monte_carlo").double().eval()
+    torch.nn.init.zeros_(one.mixture.loc)
+    plain = Module(6, [2], n_latent=2, n_hidden=4, prior="fixed", likelihood="nb", kl="monte_carlo").double().eval()
+    plain.load_state_dict(one.state_dict(), strict=False)
+    found = []
+    for module in (one, plain):
+        torch.manual_seed(7)
+        found.append(module.elbo_terms(batch)["kl_z"])
+    torch.testing.assert_close(*found)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Three types in two batches; each batch multiplies the genes by factors of its own."""
+    rng = np.random.default_rng(0)
+    n, g = 300, 15
+    kind, batch = rng.integers(3, size=n), rng.integers(2, size=n)
+    rates = rng.gamma(1.0, 4.0, size=(3, g))[kind] * np.exp(rng.normal(0, 1.0, size=(2, g)))[batch]
+    obs = pd.DataFrame({"batch": np.array(["a", "b"])[batch]}, index=[f"cell{i}" for i in range(n)])
+    return ad.AnnData(rng.poisson(rates * 3).astype(np.float32), obs=obs)
+
+
+def test_batches_meet_in_training_and_the_model_is_kept(cells, tmp_path):
+    CVAE.setup_anndata(cells, batch_key="batch")
+    far = {}
+    for weight in (0.0, 300.0):
+        model = CVAE(cells, n_latent=3, n_hidden=16, alignment=weight)
+        model.train(20, lr=5e-3, early_stopping=False, **FAST)
+        z = torch.from_numpy(model.get_latent_representation())
+        far[weight] = float(batch_discrepancy(z, torch.from_numpy(model._store(None).cells.codes[:, 0]), 2))
+        assert ("alignment_train" in model.history) == bool(weight)
+    assert far[300.0] < far[0.0]
+    model.save(tmp_path / "model")
+    again = models.load(tmp_path / "model", cells)
+    assert np.array_equal(again.get_latent_representation(), model.get_latent_representation())
+    assert np.array_equal(again.module.likelihood.offset.detach(), model.module.likelihood.offset.detach())
+
+
+def test_cells_are_drawn_from_the_mixture(cells):
+    CVAE.setup_anndata(cells, batch_key="batch")
+    model = CVAE(cells, n_latent=2, n_hidden=4, n_components=2)
+    model.is_trained = True
+    with torch.no_grad():
+        model.module.mixture.loc.copy_(torch.tensor([[50.0, 0.0], [-50.0, 0.0]]))
+        model.module.mixture.logits.copy_(torch.tensor([0.8, 0.2]).log())
+    z = model.sample(1000, seed=1).obsm["z"]
+    assert np.isclose((z[:, 0] > 0).mean(), 0.8, atol=0.04)
+    assert np.isclose(z[z[:, 0] > 0, 0].mean(), 50, atol=0.2)
+
+
+def test_a_new_batch_starts_between_the_known(cells):
+    CVAE.setup_anndata(cells, batch_key="batch")
+    model = CVAE(cells, n_latent=3, n_hidden=8)
+    model.train(1, **FAST)
+    query = cells[:40].copy()
+    query.obs["batch"] = "new"
+    mapped = model.load_query(query)
+    old, new = model.module.likelihood, mapped.module.likelihood
+    for name in ("offset", "log_theta"):
+        before, after = getattr(old, name).detach(), getattr(new, name).detach()
+        assert torch.equal(after[:2], before)
+        torch.testing.assert_close(after[2], before.mean(0))
+    mapped.train(**FAST)
+    assert torch.equal(mapped.module.mixture.loc, model.module.mixture.loc)
+    assert torch.equal(mapped.module.likelihood.offset[:2], old.offset)
+    assert not torch.equal(mapped.module.likelihood.offset[2], old.offset.mean(0))
