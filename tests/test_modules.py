@@ -147,7 +147,7 @@ def test_networks_see_what_the_factors_declare(module, change):
     generated = [module.generative({"z": values[0]}, b).mean for b in (batch, other)]
     assert differs(*generated) == (can_change and "c" in parents(module.factors.generative, "x"))
     if hasattr(module, "prior"):
-        priors = [module.prior(b)["z"].loc.expand(N, 2) for b in (batch, other)]
+        priors = [module.prior(b)["z"].mean.expand(N, 2) for b in (batch, other)]
         assert differs(*priors) == (can_change and "c" in parents(module.factors.generative, "z"))
 
 
