@@ -344,3 +344,18 @@ def test_the_rounds_of_the_guide_train_the_classifier_alone():
 def test_no_epoch_is_an_error():
     with pytest.raises(ValueError, match="max_epochs=0 must be at least 1"):
         make(make_cells(6), max_epochs=0, n_components=3)
+
+
+def test_genes_that_differ_between_classes(gmvae):
+    """Differential expression and correction for a mixture; every class has both conditions."""
+    adata = gmvae.adata.copy()
+    table = gmvae.differential_expression(adata, "class", silent=True)
+    x = pd.DataFrame(np.asarray(adata.X), columns=adata.var_names)
+    for name, part in table.groupby("group1"):
+        inside = (adata.obs["class"].astype(str) == name).to_numpy()
+        wanted = (x[inside].mean() - x[~inside].mean())[part.index]
+        assert np.corrcoef(part["lfc_raw"], wanted)[0, 1] > 0.8
+    gmvae.correct(adata, transform_batch="all")
+    batches = adata.obs["condition"].unique().tolist()
+    wanted = gmvae.get_normalized_expression(transform_batch=batches, return_numpy=True)
+    np.testing.assert_allclose(adata.layers["corrected"], wanted, rtol=1e-4, atol=1e-5)
