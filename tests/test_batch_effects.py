@@ -133,6 +133,17 @@ def test_offset_enters_the_mass():
         NegativeBinomial(batch_offset=True).build(3, 5)
 
 
+def test_encoder_sees_proportions_at_the_median_depth(cells):
+    CVAE.setup_anndata(cells, batch_key="batch")
+    module = CVAE(cells, n_latent=2, n_hidden=4).module
+    depth = np.median(cells.X.sum(1))
+    x = torch.tensor([[0.0, 3.0, 7.0], [0.0, 30.0, 70.0]])
+    seen = module.likelihood.encoder_input(x, x.sum(1, keepdim=True))
+    expected = np.log1p(np.array([0.0, 0.3, 0.7]) * depth)
+    np.testing.assert_allclose(seen, np.stack([expected, expected]), rtol=1e-5)
+    assert torch.equal(NegativeBinomial().encoder_input(x, x.sum(1, keepdim=True)), x.log1p())
+
+
 def test_defaults_follow_the_plate():
     assert Module(6, [2]).likelihood.batchwise == ("log_theta", "offset")
     for plain in (Module(6, [2], prior="learned"), Module(6, [], 1), Module(6, [2], likelihood="nb")):
@@ -203,20 +214,27 @@ def cells():
     return ad.AnnData(rng.poisson(rates * 3).astype(np.float32), obs=obs)
 
 
-def test_batches_meet_in_training_and_the_model_is_kept(cells, tmp_path):
+def test_batches_meet_in_training(cells):
     CVAE.setup_anndata(cells, batch_key="batch")
     far = {}
     for weight in (0.0, 300.0):
-        model = CVAE(cells, n_latent=3, n_hidden=16, alignment=weight)
+        model = CVAE(cells, n_latent=3, n_hidden=16, likelihood="nb", prior="fixed", alignment=weight)
         model.train(20, lr=5e-3, early_stopping=False, **FAST)
         z = torch.from_numpy(model.get_latent_representation())
         far[weight] = float(batch_discrepancy(z, torch.from_numpy(model._store(None).cells.codes[:, 0]), 2))
         assert ("alignment_train" in model.history) == bool(weight)
     assert far[300.0] < far[0.0]
+
+
+def test_offsets_and_depth_are_saved(cells, tmp_path):
+    CVAE.setup_anndata(cells, batch_key="batch")
+    model = CVAE(cells, n_latent=3, n_hidden=4)
+    model.train(1, **FAST)
     model.save(tmp_path / "model")
     again = models.load(tmp_path / "model", cells)
     assert np.array_equal(again.get_latent_representation(), model.get_latent_representation())
-    assert np.array_equal(again.module.likelihood.offset.detach(), model.module.likelihood.offset.detach())
+    for name in ("offset", "log_theta", "depth"):
+        assert torch.equal(getattr(again.module.likelihood, name), getattr(model.module.likelihood, name))
 
 
 def test_cells_are_drawn_from_the_mixture(cells):

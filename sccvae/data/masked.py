@@ -66,13 +66,21 @@ class MaskedStore(CellStore):
         What the encoder sees in place of each feature, (G,) float32; read where it was not measured.
     labels
         As for :class:`CellStore`.
+    depth
+        Library size that the stand-ins belong to, where the encoder sees counts relative to the library size; else
+        None.
     """
 
     def __init__(
-        self, cells: Cells, present: np.ndarray, stand_in: np.ndarray, labels: np.ndarray | None = None
+        self,
+        cells: Cells,
+        present: np.ndarray,
+        stand_in: np.ndarray,
+        labels: np.ndarray | None = None,
+        depth: float | None = None,
     ) -> None:
         super().__init__(cells, labels)
-        self.present = torch.from_numpy(present)
+        self.present, self.depth = torch.from_numpy(present), depth
         self.stand_in = torch.from_numpy(np.asarray(stand_in, dtype=np.float32))
 
     @property
@@ -84,5 +92,7 @@ class MaskedStore(CellStore):
         """As :meth:`CellStore.gather`, with ``present`` (n, G) bool; where it is false, ``x`` has the stand-in."""
         tensors = super().gather(rows)
         x = self.stand_in.repeat(len(rows), 1)
+        if self.depth is not None:
+            x = x * (tensors["library"] / self.depth)
         x[:, self.present] = tensors["x"]
         return tensors | {"x": x, "present": self.present.expand(len(rows), -1)}

@@ -104,8 +104,9 @@ class Likelihood(nn.Module, ABC):
         """What stands for the observation in the ELBO, (n, G): the data themselves unless a family resamples them."""
         return x
 
-    def encoder_input(self, x: Tensor) -> Tensor:
-        """What the encoder sees of x, (n, G) -> (n, G)."""
+    def encoder_input(self, x: Tensor, library: Tensor | None = None) -> Tensor:
+        """What the encoder sees of x (n, G) in cells of library size (n, 1): (n, G)."""
+        del library
         return x
 
     @property

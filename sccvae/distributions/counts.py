@@ -222,8 +222,9 @@ class _CountLikelihood(Likelihood):
         with torch.no_grad():
             self.scale_head.bias.copy_(mean.clamp(min=floor).log())
 
-    def encoder_input(self, x: Tensor) -> Tensor:
+    def encoder_input(self, x: Tensor, library: Tensor | None = None) -> Tensor:
         """log(1 + x), (n, G): counts on a scale that a network can read."""
+        del library
         return torch.log1p(x)
 
     def _log_scale(self, h: Tensor) -> Tensor:
@@ -253,6 +254,9 @@ class NegativeBinomial(_CountLikelihood):
     batch_offset
         Add a learned log factor for each gene and batch to the network's: head(h) + offset of the batch. It starts at
         the data (:meth:`initialise_batches`), so that no other weight has to learn what a batch does to a gene.
+    depth_free
+        The encoder sees log(1 + x depth / library) in place of log(1 + x), with ``depth`` the median library size of
+        the training cells: batches that differ in depth only look alike to it.
 
     Raises
     ------
@@ -265,12 +269,17 @@ class NegativeBinomial(_CountLikelihood):
     """
 
     def __init__(
-        self, dispersion: Literal["gene", "gene-batch", "gene-cell"] = "gene", batch_offset: bool = False
+        self,
+        dispersion: Literal["gene", "gene-batch", "gene-cell"] = "gene",
+        batch_offset: bool = False,
+        depth_free: bool = False,
     ) -> None:
         if dispersion not in ("gene", "gene-batch", "gene-cell"):
             msg = f"dispersion={dispersion!r} is not known; choose 'gene', 'gene-batch' or 'gene-cell'."
             raise ValueError(msg)
-        super().__init__(dispersion=dispersion, batch_offset=batch_offset)
+        super().__init__(dispersion=dispersion, batch_offset=batch_offset, depth_free=depth_free)
+        if depth_free:
+            self.register_buffer("depth", torch.tensor(1e4))
 
     def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         """Create the heads; see :meth:`Likelihood.build`."""
@@ -290,6 +299,10 @@ class NegativeBinomial(_CountLikelihood):
         if self.settings["batch_offset"]:
             self.offset = nn.Parameter(torch.zeros(n_batch, n_features))
         return self
+
+    def encoder_input(self, x: Tensor, library: Tensor | None = None) -> Tensor:
+        """log(1 + x), or with ``depth_free`` log(1 + x depth / library), (n, G)."""
+        return torch.log1p(x * (self.depth / library) if self.settings["depth_free"] else x)
 
     @property
     def batchwise(self) -> tuple[str, ...]:
@@ -341,7 +354,7 @@ class ZINB(NegativeBinomial):
 
     Parameters
     ----------
-    dispersion, batch_offset
+    dispersion, batch_offset, depth_free
         As in :class:`NegativeBinomial`.
 
     References

@@ -292,6 +292,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
                 raise ValueError(msg)
             mean = mean / mean.sum()
         self.module.likelihood.initialise(torch.from_numpy(mean))
+        if hasattr(self.module.likelihood, "depth"):
+            self.module.likelihood.depth.fill_(float(np.median(cells.library)))
         if self.module.likelihood.batchwise:
             moments = batch_moments(store, self.schema.n_categories[0])
             self.module.likelihood.initialise_batches(*map(torch.from_numpy, moments))

@@ -202,9 +202,9 @@ class MappingMixin(TransferMixin):
         rows = rows[:: max(1, len(rows) // MEANS_OF)]
         total, seen, n = 0.0, 0.0, len(rows)
         for part in np.array_split(rows, max(1, n // 1024)):
-            x = store.gather(part)["x"]
-            total = total + x.double().sum(0)
-            seen = seen + self.module.likelihood.encoder_input(x).double().sum(0)
+            cells = store.gather(part)
+            total = total + cells["x"].double().sum(0)
+            seen = seen + self.module.likelihood.encoder_input(cells["x"], cells["library"]).double().sum(0)
         counts = self.module.likelihood.support == "counts"
         stand_in = (seen / n).expm1() if counts else seen / n  # the encoder input is log(1 + x) for counts
         self.reference["gene_means"] = [float(v) for v in (total / n).float()]
@@ -222,7 +222,9 @@ class MappingMixin(TransferMixin):
         elif self.module.likelihood.support == "counts":
             means = np.asarray(self.reference["gene_means"])
             cells.library = (cells.library * (means.sum() / means[present].sum())).astype(np.float32)
-        return MaskedStore(cells, present, self.reference["gene_stand_ins"])
+        likelihood = self.module.likelihood
+        depth = float(likelihood.depth) if hasattr(likelihood, "depth") else None
+        return MaskedStore(cells, present, self.reference["gene_stand_ins"], depth=depth)
 
     def _attach(self, adata: AnnData) -> None:
         if self.is_query:

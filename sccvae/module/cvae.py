@@ -15,7 +15,7 @@ from sccvae.module._factorization import Factorization
 from sccvae.nn import MLP, Conditions, GaussianEncoder, batch_discrepancy, check_sizes
 
 #: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
-BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True}
+BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "depth_free": True}
 
 
 class Mixture(nn.Module):
@@ -151,7 +151,7 @@ class CVAE(LatentVariableModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x,c) or q(z|x)."""
-        return {"z": self.encoder(self.likelihood.encoder_input(batch.x), self.c(batch))}
+        return {"z": self.encoder(self.likelihood.encoder_input(batch.x, batch.library), self.c(batch))}
 
     def prior(self, batch: Batch) -> dict[str, Distribution]:
         """The mixture, N(z; 0, I), or p(z|c) by a network."""

@@ -184,7 +184,7 @@ class GMVAE(EvidenceModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x,c) and q(w|x,c), from one network."""
-        h = self.encoder.body(self.masking(self.likelihood.encoder_input(batch.x)), self.c(batch))
+        h = self.encoder.body(self.masking(self.likelihood.encoder_input(batch.x, batch.library)), self.c(batch))
         loc, scale = self.w_head(h).chunk(2, -1)
         return {"z": self.encoder.head(h), "w": Normal(loc, softplus(scale) + GaussianEncoder.MIN_SCALE, False)}
 
@@ -196,12 +196,16 @@ class GMVAE(EvidenceModule):
     def classify(self, batch: Batch, *, log: bool = False) -> Tensor:
         """Probability of each component at the mean of q(z|x,c), (n, K), or its logarithm."""
         z = self.inference(batch)["z"].loc
-        log_q = self.log_q_y(self.likelihood.encoder_input(batch.x), z, self.c(batch))
+        log_q = self.log_q_y(self.likelihood.encoder_input(batch.x, batch.library), z, self.c(batch))
         return log_q if log else log_q.exp()
 
     def class_features(self, batch: Batch) -> Tensor:
         """What q(y|.) decides by: the last hidden layer of its network, (n, n_hidden)."""
-        x = self.likelihood.encoder_input(batch.x) if self.classifier_sees_x else self.inference(batch)["z"].loc
+        x = (
+            self.likelihood.encoder_input(batch.x, batch.library)
+            if self.classifier_sees_x
+            else self.inference(batch)["z"].loc
+        )
         return self.y_body(x, self.c(batch))
 
     def reset_classifier(self) -> None:
@@ -251,7 +255,7 @@ class GMVAE(EvidenceModule):
             zero = z.new_zeros(len(z))
             kl_z = kl_normal(q["z"].loc, q["z"].scale, z.new_zeros(()), z.new_ones(()))
             return terms | {"kl_z": kl_z} | {f"kl_{v}": zero for v in ("w", "y", "d")[: 3 if self.dirichlet else 2]}
-        log_q = self.log_q_y(self.likelihood.encoder_input(batch.x), z, self.c(batch))
+        log_q = self.log_q_y(self.likelihood.encoder_input(batch.x, batch.library), z, self.c(batch))
         seen, y = self._seen(batch, log_q)
         p_z = self.components(w)
         kl_z = kl_normal(q["z"].loc[:, None], q["z"].scale[:, None], p_z.loc, p_z.scale)  # (n, K)
@@ -293,7 +297,8 @@ class GMVAE(EvidenceModule):
             return {}
         # Every second cell: batches are shuffled, and the penalty needs three more passes. Batch norm needs two cells.
         every = 2 if len(batch.x) > 2 else 1
-        x, c = self.likelihood.encoder_input(batch.x[::every]), self.c(batch)[::every]
+        x = self.likelihood.encoder_input(batch.x, batch.library)[::every]
+        c = self.c(batch)[::every]
 
         def log_q(v: Tensor) -> Tensor:
             return self.log_q_y(v, self.encoder(v, c).loc, c)

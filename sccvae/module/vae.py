@@ -65,7 +65,7 @@ class VAE(LatentVariableModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x)."""
-        return {"z": self.encoder(self.likelihood.encoder_input(batch.x))}
+        return {"z": self.encoder(self.likelihood.encoder_input(batch.x, batch.library))}
 
     def prior(self, batch: Batch) -> dict[str, Normal]:
         """p(z) = N(0, I)."""
