@@ -426,7 +426,7 @@ def test_sizes_of_zero(cls):
     ("options", "message"),
     [
         ({"likelihood": "gauss"}, "No likelihood is called 'gauss'; choose one of"),
-        ({"prior": "flat"}, "prior='flat' is not known; choose 'fixed'"),
+        ({"prior": "flat"}, "prior='flat' is not known; choose 'mixture'"),
         ({"activation": "swish"}, "activation='swish' is not known; choose one of"),
         ({"norm": "group"}, "norm='group' is not known; choose 'batch', 'layer' or None"),
         ({"kl": "exact"}, "kl='exact'.*choose kl='analytic' or 'monte_carlo'"),

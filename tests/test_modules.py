@@ -268,7 +268,7 @@ def test_modules_refuse_bad_settings():
         VAE(G, kl="exact")
     with pytest.raises(ValueError, match=r"n_samples=0: .*n_samples >= 1"):
         VAE(G, n_samples=0)
-    with pytest.raises(ValueError, match=r"prior='flat' is not known; choose 'fixed' .* or 'learned'"):
+    with pytest.raises(ValueError, match=r"prior='flat' is not known; choose 'mixture' or 'fixed' .* or 'learned'"):
         CVAE(G, [2], prior="flat")
     with pytest.raises(ValueError, match=r"needs at least one condition .*use a VAE"):
         CVAE(G, [])

@@ -84,7 +84,7 @@ def test_embed_records_what_it_did(cells, trained):
     assert (found["model"], found["sccvae_version"], found["seed"], found["epochs"]) == ("CVAE", __version__, 3, 2)
     assert found["params"]["setup"] == {"layer": "counts", "batch_key": "batch"}
     assert found["params"]["train"] == FAST
-    assert (found["params"]["model"]["n_latent"], found["params"]["model"]["likelihood"]) == (4, "nb")
+    assert (found["params"]["model"]["n_latent"], found["params"]["model"]["prior"]) == (4, "mixture")
     curve = trained.history["elbo_validation"]["elbo_validation"]
     assert found["elbo_validation"] == curve.min()
     assert found["elbo_train"] == trained.history["elbo_train"]["elbo_train"].iloc[curve.argmin()]
