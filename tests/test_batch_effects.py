@@ -16,7 +16,7 @@ from sccvae.data import Cells, CellStore, batch_moments
 from sccvae.distributions import ZINB, NegativeBinomial, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
-from sccvae.module import Batch
+from sccvae.module import GMVAE, Batch
 from sccvae.nn import batch_discrepancy
 from sccvae.nn.alignment import WIDTHS
 
@@ -148,19 +148,30 @@ def test_defaults_follow_the_plate():
     assert Module(6, [2]).likelihood.batchwise == ("log_theta", "offset")
     for plain in (Module(6, [2], prior="learned"), Module(6, [], 1), Module(6, [2], likelihood="nb")):
         assert plain.likelihood.batchwise == ()
-    assert Module(6, [], 1).alignment == Module(6, [2], prior="learned").alignment == 0.0
+    assert Module(6, [], 1).alignment.weight == Module(6, [2], prior="learned").alignment.weight == 0.0
+    assert GMVAE(6, 3, [2]).likelihood.batchwise == ("log_theta", "offset")
+    assert GMVAE(6, 3, [2], w_prior="learned").likelihood.batchwise == GMVAE(6, 3).likelihood.batchwise == ()
+    assert GMVAE(6, 3, [2]).alignment.weight == Module(6, [2]).alignment.weight == 50.0
+    assert GMVAE(6, 3, [2], w_prior="learned").alignment.weight == GMVAE(6, 3).alignment.weight == 0.0
     with pytest.raises(ValueError, match="alignment=-1"):
         Module(6, [2], alignment=-1.0)
 
 
-def test_penalty_is_weighted_and_no_part_of_the_elbo():
+MAKERS = [
+    lambda: Module(6, [2], n_latent=2, n_hidden=4, alignment=7.0),
+    lambda: GMVAE(6, 3, [2], n_latent=2, n_w=2, n_hidden=4, alignment=7.0, consistency=0.0),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["CVAE", "GMVAE"])
+def test_penalty_is_weighted_and_no_part_of_the_elbo(make):
     torch.manual_seed(3)
-    module = Module(6, [2], n_latent=2, n_hidden=4, alignment=7.0)
+    module = make()
     batch = Batch.of(torch.poisson(torch.full((20, 6), 3.0)), torch.arange(20) % 2)
     torch.manual_seed(4)
     loss, report = module.loss(batch)
     torch.manual_seed(4)
-    module.alignment = 0.0
+    module.alignment.weight = 0.0
     plain, without = module.loss(batch)
     assert "alignment" not in without
     torch.testing.assert_close(loss - plain, report["alignment"])
@@ -168,7 +179,7 @@ def test_penalty_is_weighted_and_no_part_of_the_elbo():
     torch.manual_seed(4)
     z = module.inference(batch)["z"].rsample((1,))[0]
     torch.testing.assert_close(report["alignment"], 7.0 * batch_discrepancy(z, batch.batch_index, 2))
-    module.alignment = 7.0
+    module.alignment.weight = 7.0
     module.eval()
     assert "alignment" not in module.loss(batch)[1]
 

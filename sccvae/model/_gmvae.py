@@ -55,9 +55,11 @@ class GMVAE(
         AnnData after ``GMVAE.setup_anndata``.
     n_components
         Number K of components; None lets the training choose it (with labels: one for each class).
-    prior, alpha, w_prior, classifier, consistency, masking, n_w
+    prior, alpha, w_prior, classifier, consistency, masking, alignment, n_w
         As for :class:`sccvae.module.GMVAE`.
-    likelihood, n_latent, n_hidden, n_layers, activation, norm, dropout, skip, seed, registry
+    likelihood
+        As for :class:`CVAE`.
+    n_latent, n_hidden, n_layers, activation, norm, dropout, skip, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -80,7 +82,8 @@ class GMVAE(
         classifier: Literal["zx", "z"] = "zx",
         consistency: float = 1.0,
         masking: float = 0.0,
-        likelihood: str | dict | Likelihood = "nb",
+        alignment: float = 50.0,
+        likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_w: int = 10,
         n_hidden: int = 128,

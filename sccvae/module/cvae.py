@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 
-from sccvae.distributions import Likelihood, Observation, as_likelihood
+from sccvae.distributions import Likelihood, Observation
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
+from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, Conditions, GaussianEncoder, batch_discrepancy, check_sizes
-
-#: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
-BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "depth_free": True}
+from sccvae.nn import MLP, Conditions, GaussianEncoder, check_sizes
 
 
 class Mixture(nn.Module):
@@ -110,9 +108,6 @@ class CVAE(LatentVariableModule):
             )
             raise ValueError(msg)
         check_sizes(n_components=n_components)
-        if alignment < 0:
-            msg = f"alignment={alignment} is the weight of a penalty: it must be 0 (none) or positive."
-            raise ValueError(msg)
         self.conditions = Conditions(n_categories, n_continuous)
         if not self.conditions.width:
             msg = (
@@ -139,11 +134,8 @@ class CVAE(LatentVariableModule):
         self.prior_net = learned
         self.mixture = Mixture(n_components, n_latent) if prior == "mixture" else None
         n_batch = self.conditions.n_categories[0] if n_categories and self.shared_prior else None
-        if likelihood is None:
-            likelihood = "nb" if n_batch is None else BATCHWISE
-        self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features, n_batch)
-        self.alignment = alignment if n_batch is not None else 0.0
-        self._drawn: Tensor | None = None
+        self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
+        self.alignment = Alignment(alignment, n_batch)
 
     def c(self, batch: Batch) -> Tensor:
         """The vector of conditions, (n, C)."""
@@ -166,13 +158,10 @@ class CVAE(LatentVariableModule):
     def draw(self, q: dict[str, Normal]) -> dict[str, Tensor]:
         """Draws of z, (k, n, d); the first is kept for the penalty."""
         draws = super().draw(q)
-        self._drawn = draws["z"][0] if self.training and self.alignment else None
+        if self.training:
+            self.alignment.note(draws["z"][0])
         return draws
 
     def penalties(self, batch: Batch) -> dict[str, Tensor]:
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
-        z, self._drawn = self._drawn, None
-        if z is None:
-            return {}
-        n_batch = self.conditions.n_categories[0]
-        return {"alignment": self.alignment * batch_discrepancy(z, batch.batch_index, n_batch)}
+        return self.alignment.penalty(batch)

@@ -15,13 +15,13 @@ from torch.nn.functional import one_hot, softplus
 from sccvae.distributions import (
     Likelihood,
     Observation,
-    as_likelihood,
     expected_log_probability,
     kl_categorical,
     kl_dirichlet,
     kl_normal,
 )
 from sccvae.module._base import Batch, EvidenceModule, standard_normal
+from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
 from sccvae.nn import MLP, Conditions, GaussianEncoder, Masking, check_sizes, virtual_adversarial_penalty
 
@@ -56,7 +56,12 @@ class GMVAE(EvidenceModule):
         Weight of the virtual adversarial penalty on q(y|z,x): a small change of x must not change the class.
     masking
         Probability with which an input of the encoder is set to zero while training (a denoising encoder).
-    likelihood, n_latent, n_hidden, n_layers, activation, norm, dropout, skip
+    alignment
+        As for :class:`sccvae.module.CVAE`: a penalty on the distance between the batches in z, where the decoder knows
+        them (not with ``w_prior="learned"``).
+    likelihood
+        As for :class:`sccvae.module.CVAE`; None for the negative binomial, batchwise if the decoder knows a batch.
+    n_latent, n_hidden, n_layers, activation, norm, dropout, skip
         As for :class:`sccvae.module.VAE`.
     n_w
         Dimension of w.
@@ -97,7 +102,8 @@ class GMVAE(EvidenceModule):
         classifier: Literal["zx", "z"] = "zx",
         consistency: float = 1.0,
         masking: float = 0.0,
-        likelihood: str | Likelihood = "nb",
+        alignment: float = 50.0,
+        likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_w: int = 10,
         n_hidden: int = 128,
@@ -146,7 +152,8 @@ class GMVAE(EvidenceModule):
         self.w_net = GaussianEncoder(n_cond, n_w, n_hidden=[n_hidden], norm=None) if self.learned_w else None
         self.z_body = MLP(n_w, [n_hidden], norm=None)
         n_batch = self.conditions.n_categories[0] if n_categories and n_decoder_cond else None
-        self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features, n_batch)
+        self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
+        self.alignment = Alignment(alignment, n_batch)
         self.set_components(n_components)
 
     def _factors(self, conditional: bool) -> Factorization:
@@ -250,6 +257,8 @@ class GMVAE(EvidenceModule):
             return dict.fromkeys(self.factors.terms, zero) | {"kl_y": by_label}
         q, p_w = self.inference(batch), self.prior_w(batch)
         z, w = q["z"].rsample(), q["w"].rsample()
+        if self.training:
+            self.alignment.note(z)
         terms = {"reconstruction": -batch.log_prob(self.generative({"z": z}, batch))}
         if self.stage == "warmup":
             zero = z.new_zeros(len(z))
@@ -292,9 +301,13 @@ class GMVAE(EvidenceModule):
         return log_p.logsumexp(-1) - math.log(self.n_components)
 
     def penalties(self, batch: Batch) -> dict[str, Tensor]:
-        """``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x (Miyato et al. 2018, eq. 6)."""
+        """``alignment`` as in the CVAE; ``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x.
+
+        Miyato et al. 2018, equation 6.
+        """
+        aligned = self.alignment.penalty(batch)
         if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
-            return {}
+            return aligned
         # Every second cell: batches are shuffled, and the penalty needs three more passes. Batch norm needs two cells.
         every = 2 if len(batch.x) > 2 else 1
         x = self.likelihood.encoder_input(batch.x, batch.library)[::every]
@@ -303,4 +316,4 @@ class GMVAE(EvidenceModule):
         def log_q(v: Tensor) -> Tensor:
             return self.log_q_y(v, self.encoder(v, c).loc, c)
 
-        return {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x)}
+        return aligned | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x)}

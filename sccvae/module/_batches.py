@@ -1,0 +1,54 @@
+"""What the plates whose decoder knows the batch share: their default p(x|z,c), and the alignment of batches in z."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sccvae.distributions import Likelihood, as_likelihood
+from sccvae.module._base import Batch
+from sccvae.nn import batch_discrepancy
+
+#: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
+BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "depth_free": True}
+
+
+def likelihood_of(likelihood: str | dict | Likelihood | None, n_batch: int | None) -> Likelihood:
+    """The likelihood asked for; None is the negative binomial, batchwise if the decoder knows a batch."""
+    if likelihood is None:
+        likelihood = "nb" if n_batch is None else BATCHWISE
+    return as_likelihood(likelihood)
+
+
+class Alignment:
+    """A penalty on how far the batches lie apart in z, as far as a mini-batch tells.
+
+    Parameters
+    ----------
+    weight
+        In nats; 0 for none.
+    n_batch
+        Number of batches; None if the decoder does not know them: z must hold them then, and there is no penalty.
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` is negative.
+    """
+
+    def __init__(self, weight: float, n_batch: int | None) -> None:
+        if weight < 0:
+            msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
+            raise ValueError(msg)
+        self.weight, self.n_batch = weight if n_batch else 0.0, n_batch
+        self._drawn: Tensor | None = None
+
+    def note(self, z: Tensor) -> None:
+        """Keep draws z (n, d) for :meth:`penalty`."""
+        self._drawn = z if self.weight else None
+
+    def penalty(self, batch: Batch) -> dict[str, Tensor]:
+        """``alignment`` of the noted draws, which are forgotten; nothing if there are none."""
+        z, self._drawn = self._drawn, None
+        if z is None:
+            return {}
+        return {"alignment": self.weight * batch_discrepancy(z, batch.batch_index, self.n_batch)}
