@@ -151,10 +151,67 @@ def test_defaults_follow_the_plate():
     assert Module(6, [], 1).alignment.weight == Module(6, [2], prior="learned").alignment.weight == 0.0
     assert GMVAE(6, 3, [2]).likelihood.batchwise == ("log_theta", "offset")
     assert GMVAE(6, 3, [2], w_prior="learned").likelihood.batchwise == GMVAE(6, 3).likelihood.batchwise == ()
-    assert GMVAE(6, 3, [2]).alignment.weight == Module(6, [2]).alignment.weight == 50.0
+    assert GMVAE(6, 3, [2]).alignment.weight == Module(6, [2]).alignment.weight == 200.0
     assert GMVAE(6, 3, [2], w_prior="learned").alignment.weight == GMVAE(6, 3).alignment.weight == 0.0
     with pytest.raises(ValueError, match="alignment=-1"):
         Module(6, [2], alignment=-1.0)
+
+
+def test_discrepancy_of_what_both_sides_hold_is_its_definition():
+    """Sums over pairs, one batch against the others at a time."""
+    torch.manual_seed(7)
+    z, batch = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 3
+    kinds = torch.rand(12, 4, dtype=torch.float64).pow(3)
+    kinds /= kinds.sum(1, keepdim=True)
+
+    def k(i, j):
+        return np.mean([np.exp(-float((z[i] - z[j]).square().sum()) / (3 * w)) for w in WIDTHS])
+
+    def mean(pairs, weight):
+        total = sum(weight[i] * weight[j] for i, j in pairs)
+        return sum(weight[i] * weight[j] * k(i, j) for i, j in pairs) / total
+
+    expected = 0.0
+    for b in range(3):
+        own, rest = (np.flatnonzero(side) for side in (batch == b, batch != b))
+        share_own, share_rest = (kinds[rows].mean(0).numpy() for rows in (own, rest))
+        both = np.minimum(share_own, share_rest)
+        weight = {i: float(kinds[i].numpy() @ (both / share_own)) for i in own}
+        weight |= {i: float(kinds[i].numpy() @ (both / share_rest)) for i in rest}
+        inside = [mean(list(itertools.permutations(rows, 2)), weight) for rows in (own, rest)]
+        between = mean(list(itertools.product(own, rest)), weight)
+        expected += both.sum() * len(own) / 12 * (sum(inside) - 2 * between)
+    assert float(batch_discrepancy(z, batch, 3, kinds)) == pytest.approx(expected, rel=1e-9)
+    alike = torch.full((12, 2), 0.5, dtype=torch.float64)
+    torch.testing.assert_close(batch_discrepancy(z, batch, 3, alike), batch_discrepancy(z, batch, 3))
+
+
+def test_other_shares_of_the_same_kinds_are_no_discrepancy():
+    torch.manual_seed(8)
+    kind = torch.tensor([0] * 90 + [1] * 10 + [0] * 10 + [1] * 90)
+    batch, kinds = torch.arange(200) // 100, torch.nn.functional.one_hot(kind, 2).float()
+    draws = [torch.randn(200, 2) + 3.0 * kind[:, None] for _ in range(100)]
+    plain = np.mean([float(batch_discrepancy(z, batch, 2)) for z in draws])
+    aware = np.mean([float(batch_discrepancy(z, batch, 2, kinds)) for z in draws])
+    moved = np.mean([float(batch_discrepancy(z + 2.0 * batch[:, None], batch, 2, kinds)) for z in draws])
+    assert plain > 0.3
+    assert abs(aware) < 0.01
+    assert moved > 0.02
+    nothing_shared = torch.nn.functional.one_hot(batch, 2).float()
+    assert float(batch_discrepancy(draws[0], batch, 2, nothing_shared)) == 0
+
+
+def test_responsibilities_are_bayes_rule():
+    torch.manual_seed(9)
+    mixture = Module(6, [2], n_latent=2, n_hidden=4, n_components=3).mixture
+    for p in mixture.parameters():
+        torch.nn.init.normal_(p)
+    z = torch.randn(5, 2)
+    loc, scale = mixture.loc.detach().numpy(), mixture.log_scale.exp().detach().numpy()
+    weights = mixture.logits.softmax(0).detach().numpy()
+    joint = weights * np.stack([norm.pdf(z.numpy(), m, s).prod(1) for m, s in zip(loc, scale, strict=True)], 1)
+    found = mixture.responsibilities(z).detach().numpy()
+    np.testing.assert_allclose(found, joint / joint.sum(1, keepdims=True), rtol=1e-4)
 
 
 MAKERS = [
@@ -178,8 +235,14 @@ def test_penalty_is_weighted_and_no_part_of_the_elbo(make):
     torch.testing.assert_close(report["elbo"], without["elbo"])
     torch.manual_seed(4)
     z = module.inference(batch)["z"].rsample((1,))[0]
-    torch.testing.assert_close(report["alignment"], 7.0 * batch_discrepancy(z, batch.batch_index, 2))
+    if isinstance(module, Module):
+        kinds = module.mixture.responsibilities(z)
+    else:
+        kinds = module.log_q_y(module.likelihood.encoder_input(batch.x, batch.library), z, module.c(batch)).exp()
+    torch.testing.assert_close(report["alignment"], 7.0 * batch_discrepancy(z, batch.batch_index, 2, kinds))
     module.alignment.weight = 7.0
+    torch.manual_seed(4)
+    torch.testing.assert_close(module.loss(batch, kl_weight=0.25)[1]["alignment"], report["alignment"] / 4)
     module.eval()
     assert "alignment" not in module.loss(batch)[1]
 

@@ -456,19 +456,19 @@ def test_empty_cells_are_not_disturbed():
 
 def test_where_the_penalty_applies():
     batch = a_batch()
-    assert set(a_gmvae().penalties(batch)) == {"consistency"}
-    assert a_gmvae(consistency=0).penalties(batch) == {}
-    assert a_gmvae(classifier="z").penalties(batch) == {}
+    assert set(a_gmvae().penalties(batch, 1.0)) == {"consistency"}
+    assert a_gmvae(consistency=0).penalties(batch, 1.0) == {}
+    assert a_gmvae(classifier="z").penalties(batch, 1.0) == {}
     module = a_gmvae()
     module.stage = "warmup"
-    assert module.penalties(batch) == {}
+    assert module.penalties(batch, 1.0) == {}
     module = a_gmvae(masking=0.0)  # the weight is a factor
     heavy = a_gmvae(masking=0.0, consistency=5.0)
     heavy.load_state_dict(module.state_dict())
     values = []
     for m in (module.eval(), heavy.eval()):
         torch.manual_seed(2)
-        values.append(m.penalties(batch)["consistency"].item())
+        values.append(m.penalties(batch, 1.0)["consistency"].item())
     assert values[1] == pytest.approx(5 * values[0])
     assert values[0] > 0
 

@@ -83,7 +83,7 @@ def test_loss_and_its_gradient():
     q = numpy_q(z, centers)
     plate.frequencies = torch.from_numpy(2.0 * q.sum(0) + 1)  # of more cells than these
     p = numpy_target(q, 2.0 * q.sum(0) + 1)
-    penalty = plate.penalties(batch)["clustering"]
+    penalty = plate.penalties(batch, 1.0)["clustering"]
     assert penalty.item() == pytest.approx(0.3 * G * (p * np.log(p / q)).sum(1).mean(), rel=1e-10)
     penalty.backward()
     shift = z[:, None] - centers[None]
@@ -99,10 +99,10 @@ def test_noise_and_clustering_belong_to_their_stages():
     plate = a_plate(noise="gaussian", noise_level=1.0, norm=None)
     batch = a_batch()
     assert torch.equal(*(plate.inference(batch)["z"] for _ in range(2)))
-    assert plate.penalties(batch)
+    assert plate.penalties(batch, 1.0)
     plate.stage = "pretraining"
     assert not torch.equal(*(plate.inference(batch)["z"] for _ in range(2)))
-    assert not plate.penalties(batch)
+    assert not plate.penalties(batch, 1.0)
     plate.eval()
     assert torch.equal(*(plate.inference(batch)["z"] for _ in range(2)))
 

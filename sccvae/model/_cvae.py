@@ -72,7 +72,7 @@ class CVAE(
         prior: Literal["mixture", "fixed", "learned"] = "mixture",
         n_components: int = 20,
         encode_condition: bool = True,
-        alignment: float = 50.0,
+        alignment: float = 200.0,
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,

@@ -117,15 +117,15 @@ class GenerativeModule(nn.Module, ABC):
         report = {name: m.detach() for name, m in means.items()}
         report["elbo"] = sum(report.values())
         if self.training:
-            penalties = self.penalties(batch)
+            penalties = self.penalties(batch, kl_weight)
             objective = sum(penalties.values(), objective)
             report |= {name: p.detach() for name, p in penalties.items()}
         report["loss"] = objective.detach()
         return objective, report
 
-    def penalties(self, batch: Batch) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
         """Weighted scalars that are added to the loss in training and are no part of the ELBO; none by default."""
-        del batch
+        del batch, kl_weight
         return {}
 
 

@@ -22,10 +22,13 @@ def likelihood_of(likelihood: str | dict | Likelihood | None, n_batch: int | Non
 class Alignment:
     """A penalty on how far the batches lie apart in z, as far as a mini-batch tells.
 
+    It has the weight of the KL terms as well: both want z free of the batch, and both come after the network has seen
+    which cells are alike. From the start it would lay cells on others that are merely as many.
+
     Parameters
     ----------
     weight
-        In nats; 0 for none.
+        In nats at a KL weight of 1; 0 for none.
     n_batch
         Number of batches; None if the decoder does not know them: z must hold them then, and there is no penalty.
 
@@ -40,15 +43,17 @@ class Alignment:
             msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
         self.weight, self.n_batch = weight if n_batch else 0.0, n_batch
-        self._drawn: Tensor | None = None
+        self._noted: tuple[Tensor, Tensor | None] | None = None
 
-    def note(self, z: Tensor) -> None:
-        """Keep draws z (n, d) for :meth:`penalty`."""
-        self._drawn = z if self.weight else None
+    def note(self, z: Tensor, kinds: Tensor | None = None) -> None:
+        """Keep draws z (n, d), and the probabilities of their kinds (n, K) if these are known, for :meth:`penalty`."""
+        if self.weight:
+            self._noted = z, None if kinds is None else kinds.detach()
 
-    def penalty(self, batch: Batch) -> dict[str, Tensor]:
+    def penalty(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
         """``alignment`` of the noted draws, which are forgotten; nothing if there are none."""
-        z, self._drawn = self._drawn, None
-        if z is None:
+        noted, self._noted = self._noted, None
+        if noted is None:
             return {}
-        return {"alignment": self.weight * batch_discrepancy(z, batch.batch_index, self.n_batch)}
+        z, kinds = noted
+        return {"alignment": kl_weight * self.weight * batch_discrepancy(z, batch.batch_index, self.n_batch, kinds)}

@@ -38,6 +38,11 @@ class Mixture(nn.Module):
         normals = Independent(Normal(self.loc, self.log_scale.exp(), validate_args=False), 1, validate_args=False)
         return MixtureSameFamily(Categorical(logits=self.logits, validate_args=False), normals, validate_args=False)
 
+    def responsibilities(self, z: Tensor) -> Tensor:
+        """p(k|z) of each normal, (n, K), for z (n, d)."""
+        p = self()
+        return (p.mixture_distribution.logits + p.component_distribution.log_prob(z[:, None])).softmax(-1)
+
 
 class CVAE(LatentVariableModule):
     """Conditional VAE.
@@ -88,7 +93,7 @@ class CVAE(LatentVariableModule):
         prior: Literal["mixture", "fixed", "learned"] = "mixture",
         n_components: int = 20,
         encode_condition: bool = True,
-        alignment: float = 50.0,
+        alignment: float = 200.0,
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,
@@ -159,9 +164,10 @@ class CVAE(LatentVariableModule):
         """Draws of z, (k, n, d); the first is kept for the penalty."""
         draws = super().draw(q)
         if self.training:
-            self.alignment.note(draws["z"][0])
+            z = draws["z"][0]
+            self.alignment.note(z, None if self.mixture is None else self.mixture.responsibilities(z))
         return draws
 
-    def penalties(self, batch: Batch) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
-        return self.alignment.penalty(batch)
+        return self.alignment.penalty(batch, kl_weight)

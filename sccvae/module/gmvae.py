@@ -102,7 +102,7 @@ class GMVAE(EvidenceModule):
         classifier: Literal["zx", "z"] = "zx",
         consistency: float = 1.0,
         masking: float = 0.0,
-        alignment: float = 50.0,
+        alignment: float = 200.0,
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_w: int = 10,
@@ -257,8 +257,6 @@ class GMVAE(EvidenceModule):
             return dict.fromkeys(self.factors.terms, zero) | {"kl_y": by_label}
         q, p_w = self.inference(batch), self.prior_w(batch)
         z, w = q["z"].rsample(), q["w"].rsample()
-        if self.training:
-            self.alignment.note(z)
         terms = {"reconstruction": -batch.log_prob(self.generative({"z": z}, batch))}
         if self.stage == "warmup":
             zero = z.new_zeros(len(z))
@@ -266,6 +264,8 @@ class GMVAE(EvidenceModule):
             return terms | {"kl_z": kl_z} | {f"kl_{v}": zero for v in ("w", "y", "d")[: 3 if self.dirichlet else 2]}
         log_q = self.log_q_y(self.likelihood.encoder_input(batch.x, batch.library), z, self.c(batch))
         seen, y = self._seen(batch, log_q)
+        if self.training:
+            self.alignment.note(z, torch.where(seen, y, log_q.exp()))
         p_z = self.components(w)
         kl_z = kl_normal(q["z"].loc[:, None], q["z"].scale[:, None], p_z.loc, p_z.scale)  # (n, K)
         terms["kl_z"] = (torch.where(seen, y, log_q.exp()) * kl_z).sum(-1)
@@ -300,12 +300,12 @@ class GMVAE(EvidenceModule):
         log_p = self.components(w).log_prob(z.unsqueeze(-2)).sum(-1)
         return log_p.logsumexp(-1) - math.log(self.n_components)
 
-    def penalties(self, batch: Batch) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
         """``alignment`` as in the CVAE; ``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x.
 
         Miyato et al. 2018, equation 6.
         """
-        aligned = self.alignment.penalty(batch)
+        aligned = self.alignment.penalty(batch, kl_weight)
         if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
             return aligned
         # Every second cell: batches are shuffled, and the penalty needs three more passes. Batch norm needs two cells.

@@ -9,12 +9,16 @@ from torch import Tensor
 WIDTHS = (0.5, 1.0, 2.0, 4.0)
 
 
-def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int) -> Tensor:
+def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | None = None) -> Tensor:
     """Squared maximum mean discrepancy between each batch and all others, averaged over the cells.
 
     MMD^2(A, B) = E k(a, a') + E k(b, b') - 2 E k(a, b), estimated without bias (so it can be below zero), with k the
     mean of Gaussian kernels of several widths. It is zero exactly if both have the same distribution. Batches with
     fewer than two cells, or fewer than two others, are left out.
+
+    With ``kinds`` the expectations are over what both sides hold: with shares a_k and b_k of the kinds on the two sides
+    a cell of kind k counts min(a_k, b_k) / a_k, or / b_k, times; and the discrepancy sum_k min(a_k, b_k) times. So a
+    batch that holds other kinds of cells, or more of one, is not drawn to what the others hold.
 
     Parameters
     ----------
@@ -24,6 +28,8 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int) -> Tensor:
         Batch of each, (n,) int64.
     n_batch
         Number of batches.
+    kinds
+        Probabilities of the kinds of each, (n, K), without gradient; None compares all cells with all.
 
     Returns
     -------
@@ -38,14 +44,21 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int) -> Tensor:
         distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square() / z.shape[1]
         kernel = sum(torch.exp(-distance / w) for w in WIDTHS) / len(WIDTHS)
         kernel = kernel - torch.diag(kernel.diagonal())
-        member = torch.nn.functional.one_hot(batch, n_batch).to(z.dtype)  # (n, n_batch)
-        sums = member.T @ kernel @ member  # sums of k over the pairs of two batches
-        own, row, total = sums.diagonal(), sums.sum(1), sums.sum()
-        size = member.sum(0)
-        rest = n - size
-        enough = (size > 1) & (rest > 1)
-        size_, rest_ = size.clamp(min=2), rest.clamp(min=2)
-        within = own / (size_ * (size_ - 1))
-        others = (total - 2 * row + own) / (rest_ * (rest_ - 1))
-        between = (row - own) / (size_ * rest_)
-        return (enough * size / n * (within + others - 2 * between)).sum()
+        own = torch.nn.functional.one_hot(batch, n_batch).to(z.dtype)  # (n, n_batch), as all below
+        rest = 1 - own
+        size, overlap = own.sum(0), 1.0
+        enough = (size > 1) & (n - size > 1)
+        if kinds is not None:
+            a, b = (kinds.to(z.dtype).T @ side / side.sum(0).clamp(min=1) for side in (own, rest))  # (K, n_batch)
+            both = torch.minimum(a, b)
+            own, rest = (side * (kinds @ (both / share.clamp(min=1e-6))) for side, share in ((own, a), (rest, b)))
+            overlap = both.sum(0)
+        to_own, to_rest = kernel @ own, kernel @ rest
+        within = (own * to_own).sum(0) / _pairs(own) + (rest * to_rest).sum(0) / _pairs(rest)
+        between = (own * to_rest).sum(0) / (own.sum(0) * rest.sum(0)).clamp(min=1e-6)
+        return (enough * overlap * size / n * (within - 2 * between)).sum()
+
+
+def _pairs(weight: Tensor) -> Tensor:
+    """Sum of w_i w_j over pairs i != j, for weights (n, ...)."""
+    return (weight.sum(0).square() - weight.square().sum(0)).clamp(min=1e-6)
