@@ -37,7 +37,7 @@ def test_history(model):
     names = {f"{t}_{p}" for t in terms for p in ("train", "validation")} | {"kl_weight", "lr"}
     phases = isinstance(model, IDEC)  # its second one takes half the epochs of the first
     extra = {"clustering_train", "phase"} if phases else set()
-    if getattr(model.module, "alignment", 0):  # a penalty, in training only
+    if hasattr(model.module, "alignment") and model.module.alignment.weight:  # a penalty, in training only
         extra = {"alignment_train"}
     assert set(model.history) == names | extra
     for name, frame in model.history.items():
