@@ -149,7 +149,7 @@ def survey(x: Any, where: str) -> Survey:
         with np.errstate(invalid="ignore", over="ignore"):  # refused below
             found.totals[start : start + block.shape[0]] = np.asarray(block.sum(1)).reshape(-1)
             # In float64, so that the sizes of the blocks make no difference.
-            found.mean += np.bincount(block.indices, values, n_genes) if is_sparse else block.sum(0, dtype=np.float64)
+            found.mean += block.T @ np.ones(block.shape[0]) if is_sparse else block.sum(0, dtype=np.float64)
     if n_bad:
         msg = f"{where} holds NaN or infinite values in {n_bad} cells (first: row {first_bad}); remove or replace them."
         raise ValueError(msg)
@@ -163,7 +163,7 @@ def _blocks(x: Any) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
     size = x.nbytes if not sparse.issparse(x) else x.data.nbytes + x.indices.nbytes
     rows = max(1, int(n * BLOCK_BYTES / max(size, 1)))
     for start in tqdm(range(0, n, rows), desc="Checking the cells", unit=" blocks", delay=PATIENCE, leave=False):
-        yield start, x[start : start + rows]
+        yield start, x if rows >= n and sparse.issparse(x) else x[start : start + rows]  # a slice is a copy
 
 
 def _not_finite(x: np.ndarray | sparse.csr_matrix) -> np.ndarray:
