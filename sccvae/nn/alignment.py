@@ -49,7 +49,8 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
         size, overlap = own.sum(0), 1.0
         enough = (size > 1) & (n - size > 1)
         if kinds is not None:
-            a, b = (kinds.to(z.dtype).T @ side / side.sum(0).clamp(min=1) for side in (own, rest))  # (K, n_batch)
+            kinds = kinds.to(z.dtype)
+            a, b = (kinds.T @ side / side.sum(0).clamp(min=1) for side in (own, rest))  # (K, n_batch)
             both = torch.minimum(a, b)
             own, rest = (side * (kinds @ (both / share.clamp(min=1e-6))) for side, share in ((own, a), (rest, b)))
             overlap = both.sum(0)
