@@ -7,6 +7,8 @@ from torch import Tensor
 
 #: Squared widths of the Gaussian kernels, in units of the dimension: a standard normal has a mean square of 2 there.
 WIDTHS = (0.5, 1.0, 2.0, 4.0)
+#: Least weight of a cell of a kind that only one side holds: batches cannot stay apart by being kinds of their own.
+LEAST = 0.2
 
 
 def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | None = None) -> Tensor:
@@ -18,7 +20,8 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
 
     With ``kinds`` the expectations are over what both sides hold: with shares a_k and b_k of the kinds on the two sides
     a cell of kind k counts min(a_k, b_k) / a_k, or / b_k, times; and the discrepancy sum_k min(a_k, b_k) times. So a
-    batch that holds other kinds of cells, or more of one, is not drawn to what the others hold.
+    batch that holds other kinds of cells, or more of one, is hardly drawn to what the others hold. Hardly: each of
+    these factors f is LEAST + (1 - LEAST) f.
 
     Parameters
     ----------
@@ -52,8 +55,11 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
             kinds = kinds.to(z.dtype)
             a, b = (kinds.T @ side / side.sum(0).clamp(min=1) for side in (own, rest))  # (K, n_batch)
             both = torch.minimum(a, b)
-            own, rest = (side * (kinds @ (both / share.clamp(min=1e-6))) for side, share in ((own, a), (rest, b)))
-            overlap = both.sum(0)
+            own, rest = (
+                side * (LEAST + (1 - LEAST) * (kinds @ (both / share.clamp(min=1e-6))))
+                for side, share in ((own, a), (rest, b))
+            )
+            overlap = LEAST + (1 - LEAST) * both.sum(0)
         to_own, to_rest = kernel @ own, kernel @ rest
         within = (own * to_own).sum(0) / _pairs(own) + (rest * to_rest).sum(0) / _pairs(rest)
         between = (own * to_rest).sum(0) / (own.sum(0) * rest.sum(0)).clamp(min=1e-6)
