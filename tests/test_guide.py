@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from sccvae.train.guide import Communities, best_partition, by_size, neighbor_graph
+from sccvae.train.guide import Communities, by_size, neighbor_graph
 
 SIZES = [60, 50, 40, 30, 20]
 
@@ -144,21 +144,6 @@ def test_by_size_of_many_cells_leaves_out_a_small_share():
     labels = np.repeat([0, 1], [9990, 10])  # 0.1 %
     assert by_size(labels).n_clusters == 1
     assert by_size(np.repeat([0, 1], [9970, 30])).n_clusters == 2
-
-
-# The best of several partitions
-
-
-def test_the_first_graph_decides_unless_another_is_clearly_better(blobs):
-    z, labels = make_blobs()
-    noise = neighbor_graph(np.random.default_rng(1).normal(size=z.shape))
-    for graphs in ([blobs[0], noise], [noise, blobs[0]]):
-        guide = best_partition([z], graphs, len(SIZES), 0)
-        assert guide.n_clusters == len(SIZES)
-        assert adjusted_rand_score(labels, guide.labels) > 0.99
-    alike = neighbor_graph(z, 10)
-    wanted = Communities(blobs[0]).with_clusters(4).labels
-    np.testing.assert_array_equal(best_partition([z], [blobs[0], alike], 4, 0).labels, wanted)
 
 
 def test_resolutions_that_were_tried_are_remembered(blobs):

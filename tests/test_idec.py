@@ -18,7 +18,7 @@ from sccvae.model import AE, IDEC, load
 from sccvae.module import IDEC as Plate
 from sccvae.module import Batch
 from sccvae.train import TargetDistribution, fit_deep_clustering
-from sccvae.train.guide import Guide
+from sccvae.train.guide import Communities, Guide, neighbor_graph
 
 N, G, K = 30, 6, 4
 FEW = {"max_epochs": 3, "batch_size": 8, "accelerator": "cpu", "progress_bar": False}
@@ -157,12 +157,12 @@ def test_centers_start_at_leiden_communities(found, monkeypatch):
     """At their means; by k-means if there are fewer."""
     plate, spy, seen = a_plate(STORE_G), Spy(), {}
 
-    def partition(views, graphs, n_clusters, seed):
-        assert (len(views), len(graphs), n_clusters, seed) == (1, 1, K, 5)
-        seen["z"], seen["labels"] = views[0], np.arange(len(views[0])) % found
-        return Guide(seen["labels"], found)
+    def graph(z):
+        seen["z"], seen["labels"] = z, np.arange(len(z)) % found
+        return neighbor_graph(z)
 
-    monkeypatch.setattr("sccvae.train.deep_clustering.best_partition", partition)
+    monkeypatch.setattr("sccvae.train.deep_clustering.neighbor_graph", graph)
+    monkeypatch.setattr(Communities, "with_clusters", lambda self, n: Guide(seen["labels"], found))
     fit_few(plate, callbacks=[spy], seed=5)
     labels = seen["labels"] if found == K else KMeans(K, n_init=20, random_state=5).fit_predict(seen["z"])
     means = np.stack([seen["z"][labels == k].mean(0) for k in range(K)])

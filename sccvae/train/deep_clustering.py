@@ -16,7 +16,7 @@ from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
 from sccvae.train.fit import TrainingResult
-from sccvae.train.guide import MAX_CELLS, Communities, Guide, best_partition, neighbor_graph
+from sccvae.train.guide import MAX_CELLS, Communities, Guide, neighbor_graph
 from sccvae.train.passes import over_cells, some_rows
 from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
@@ -167,7 +167,7 @@ class TargetDistribution(Callback):
 
 def _leiden(z: np.ndarray, n_clusters: int, seed: int) -> Guide:
     """Communities of the neighbour graph; by k-means if the cells do not fall into so many."""
-    found = best_partition([z], [neighbor_graph(z)], n_clusters, seed)
+    found = Communities(neighbor_graph(z), seed).with_clusters(n_clusters)
     return found if found.n_clusters == n_clusters else _k_means(z, n_clusters, seed)
 
 

@@ -10,7 +10,7 @@ import igraph
 import numpy as np
 from scipy import sparse
 from sklearn.decomposition import PCA
-from sklearn.metrics import adjusted_rand_score, silhouette_score
+from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
 logger = logging.getLogger(__name__)
@@ -19,10 +19,6 @@ logger = logging.getLogger(__name__)
 MAX_CELLS = 60_000
 #: Resolutions searched for a number of clusters, and trials of the search.
 RESOLUTIONS, TRIALS = (0.005, 10.0), 14
-#: Cells that a silhouette is taken of.
-SILHOUETTE_CELLS = 4_000
-#: A silhouette must be larger by this share to prefer a partition; clusters that finer partitions have more.
-SILHOUETTE_MARGIN, FINER = 0.1, 3
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -190,50 +186,6 @@ class Communities:
             links = np.delete(np.delete(links, j, 0), j, 1)
             group = np.where(group == j, i, np.where(group > j, group - 1, group))
         return by_size(np.where(guide.labels >= 0, group[guide.labels], -1))
-
-
-def best_partition(views: list[np.ndarray], graphs: list[sparse.csr_matrix], n_clusters: int, seed: int) -> Guide:
-    """Leiden's partition of the first graph into ``n_clusters``, unless another one stands apart clearly more.
-
-    Leiden at one number of clusters now and then splits a large cluster and leaves two small ones together. So the
-    other graphs, and slightly finer partitions merged to that number, are tried as well. The mean silhouette over the
-    views decides, but only by a margin: among good partitions it does not know the best.
-
-    Parameters
-    ----------
-    views
-        Coordinates of the same cells, (n, d) each.
-    graphs
-        Neighbour graphs of these cells, the best one first.
-    n_clusters
-        Number of clusters.
-    seed
-        Of Leiden's random order, and of the cells that the silhouette is taken of.
-
-    Returns
-    -------
-    The best; with fewer clusters if the cells do not fall into that many.
-
-    References
-    ----------
-    Rousseeuw 1987, Silhouettes.
-    """
-    some = np.random.default_rng(seed).permutation(views[0].shape[0])[:SILHOUETTE_CELLS]
-    communities = [Communities(graph, seed) for graph in graphs]
-    found: list[tuple[int, float, Guide]] = []
-    for finer in (0, FINER):
-        for i, leiden in enumerate(communities):
-            guide = leiden.merged(leiden.with_clusters(n_clusters + finer), n_clusters)
-            own = guide.labels[some]
-            known = own >= 0
-            apart = -1.0
-            if 1 < len(np.unique(own[known])) < known.sum():
-                apart = float(np.mean([silhouette_score(z[some][known], own[known]) for z in views]))
-            logger.info("Graph %d, %d clusters, %d finer: silhouette %.4f", i, guide.n_clusters, finer, apart)
-            found.append((guide.n_clusters, apart, guide))
-    most = max(n for n, _, _ in found)
-    best = max(apart for n, apart, _ in found if n == most)
-    return next(g for n, apart, g in found if n == most and apart >= best - SILHOUETTE_MARGIN * abs(best))
 
 
 def by_size(labels: np.ndarray) -> Guide:

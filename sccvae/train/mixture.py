@@ -22,7 +22,6 @@ from sccvae.train.guide import (
     MAX_CELLS,
     Communities,
     Guide,
-    best_partition,
     neighbor_graph,
     principal_components,
 )
@@ -269,13 +268,11 @@ def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, s
     """Labels for the cells with these coordinates: given, spread from the known ones, or found."""
     if given is not None:
         return Guide(given, int(given.max()) + 1)
-    graphs = [neighbor_graph(z) for z in views]
-    graph = sum(graphs[1:], graphs[0])
-    if len(views) > 1:
-        graphs = [graph, *graphs]
+    graph = sum((neighbor_graph(z) for z in views[1:]), neighbor_graph(views[0]))
     if (known >= 0).any():
         return _spread_guide(graph, known, module, choose, seed)
-    return Communities(graph, seed).stable() if choose else best_partition(views, graphs, module.n_components, seed)
+    communities = Communities(graph, seed)
+    return communities.stable() if choose else communities.with_clusters(module.n_components)
 
 
 def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:
