@@ -38,6 +38,7 @@ CASES = {
 CASES |= {f"vae-{name}": (VAE, name, {"likelihood": name}) for name in LIKELIHOODS}
 CASES |= {f"cvae-{name}": (CVAE, name, {"likelihood": name}) for name in LIKELIHOODS}
 CASES |= {
+    "vae-input-dropout": (VAE, "nb", {"input_dropout": 0.3}),
     "vae-k": (VAE, "nb", {"kl": "monte_carlo", "n_samples": 3}),
     "vae-sigma": (VAE, "normal", {"likelihood": Normal(sigma="latent", min_sigma=0.05)}),
     "cvae-learned": (CVAE, "nb", {"prior": "learned"}),

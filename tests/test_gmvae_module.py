@@ -375,7 +375,7 @@ def test_every_parameter_gets_a_gradient():
         ({"classifier": "x"}, "classifier='x' is not known"),
         ({"alpha": 0}, "alpha=0 must be positive"),
         ({"consistency": -1}, "consistency=-1 not negative"),
-        ({"masking": 1}, "masking=1 at least"),
+        ({"masking": 1}, "masking=1 must be at least 0 and below 1"),
         ({"n_w": 0}, "n_w=0 must be at least 1"),
         ({"n_components": 0}, "n_components=0 must be at least 1"),
         ({"w_prior": "learned", "conditions": False}, "needs a condition"),

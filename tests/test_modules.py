@@ -55,6 +55,19 @@ def suited(module, **options):
     return batch
 
 
+@pytest.mark.parametrize(("cls", "sizes"), [(VAE, [200]), (CVAE, [200, [2, 3], 1])])
+def test_input_dropout_is_the_encoders_and_of_training_alone(cls, sizes):
+    module, batch, seen = cls(*sizes, input_dropout=0.3), a_batch(g=200), []
+    module.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    whole = module.likelihood.encoder_input(batch.x, batch.library)
+    module.inference(batch)
+    kept = seen[-1] != 0
+    assert abs(float(kept[whole > 0].float().mean()) - 0.7) < 0.05
+    torch.testing.assert_close(seen[-1][kept], whole[kept] / 0.7)
+    module.eval().inference(batch)
+    assert torch.equal(seen[-1], whole)
+
+
 # Factorisations
 
 

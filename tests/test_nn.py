@@ -196,6 +196,12 @@ def test_masking():
     assert isinstance(mask, Masking)
 
 
+@pytest.mark.parametrize("level", [1, -0.1])
+def test_masking_all_or_less_than_nothing_is_refused(level):
+    with pytest.raises(ValueError, match=f"masking={level} must be at least 0 and below 1"):
+        Masking(level)
+
+
 def test_no_corruption():
     x = torch.ones(3, 2)
     assert torch.equal(as_corruption(None, 0.1)(x), x)

@@ -53,7 +53,7 @@ class CVAE(
     likelihood
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
         (without a batch, and with the learned prior: ``"nb"``).
-    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, seed, registry
+    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -83,6 +83,7 @@ class CVAE(
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
+        input_dropout: float = 0.0,
         seed: int = 0,
         registry: dict | None = None,
     ) -> None:

@@ -48,6 +48,9 @@ class VAE(
         Draws of z for each cell in the ELBO.
     activation, norm, dropout, skip
         As for :class:`sccvae.nn.MLP`.
+    input_dropout
+        Probability of dropping an input of the encoder while training: it learns less of the noise of few cells by
+        heart, and z holds less of it.
     seed
         Of the initial weights.
     registry
@@ -75,6 +78,7 @@ class VAE(
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
+        input_dropout: float = 0.0,
         seed: int = 0,
         registry: dict | None = None,
     ) -> None:

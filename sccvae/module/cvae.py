@@ -73,7 +73,7 @@ class CVAE(LatentVariableModule):
     likelihood
         p(x|z,c) or its name. None for the negative binomial: with an offset and a dispersion for each gene and batch if
         the decoder knows a batch, else with a dispersion for each gene.
-    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip
+    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout
         As for :class:`sccvae.module.VAE`.
 
     Raises
@@ -104,6 +104,7 @@ class CVAE(LatentVariableModule):
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__(kl, n_samples)
         if prior not in ("mixture", "fixed", "learned"):
@@ -133,6 +134,7 @@ class CVAE(LatentVariableModule):
             "n_hidden": [n_hidden] * n_layers,
         }
         n_cond = self.conditions.width
+        self.input_dropout = nn.Dropout(input_dropout)
         self.encoder = GaussianEncoder(n_features, n_latent, n_cond=n_cond if encode_condition else 0, **mlp)
         self.decoder = MLP(n_latent, n_cond=n_cond if self.shared_prior else 0, **mlp)
         learned = GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None) if prior == "learned" else None
@@ -148,7 +150,8 @@ class CVAE(LatentVariableModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x,c) or q(z|x)."""
-        return {"z": self.encoder(self.likelihood.encoder_input(batch.x, batch.library), self.c(batch))}
+        x = self.input_dropout(self.likelihood.encoder_input(batch.x, batch.library))
+        return {"z": self.encoder(x, self.c(batch))}
 
     def prior(self, batch: Batch) -> dict[str, Distribution]:
         """The mixture, N(z; 0, I), or p(z|c) by a network."""

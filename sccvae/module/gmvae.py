@@ -123,11 +123,8 @@ class GMVAE(EvidenceModule):
                 msg = f"{name}={value!r} is not known; choose one of {known}."
                 raise ValueError(msg)
         check_sizes(n_components=n_components, n_w=n_w)
-        if alpha <= 0 or consistency < 0 or not 0 <= masking < 1:
-            msg = (
-                f"alpha={alpha} must be positive, consistency={consistency} not negative, masking={masking} at least "
-                "0 and below 1."
-            )
+        if alpha <= 0 or consistency < 0:
+            msg = f"alpha={alpha} must be positive, consistency={consistency} not negative."
             raise ValueError(msg)
         self.conditions = Conditions(n_categories, n_continuous)
         n_cond = self.conditions.width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sccvae.distributions import Likelihood, Observation, as_likelihood
@@ -32,6 +32,9 @@ class VAE(LatentVariableModule):
         Number k of draws of z for each observation.
     activation, norm, dropout, skip
         As for :class:`sccvae.nn.MLP`.
+    input_dropout
+        Probability of dropping an input of the encoder while training: it learns less of the noise of few cells by
+        heart, and z holds less of it.
     """
 
     factors = Factorization(p="p(x|z) p(z)", q="q(z|x)")
@@ -50,6 +53,7 @@ class VAE(LatentVariableModule):
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__(kl, n_samples)
         mlp = {
@@ -59,13 +63,14 @@ class VAE(LatentVariableModule):
             "skip": skip,
             "n_hidden": [n_hidden] * n_layers,
         }
+        self.input_dropout = nn.Dropout(input_dropout)
         self.encoder = GaussianEncoder(n_features, n_latent, **mlp)
         self.decoder = MLP(n_latent, **mlp)
         self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features)
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x)."""
-        return {"z": self.encoder(self.likelihood.encoder_input(batch.x, batch.library))}
+        return {"z": self.encoder(self.input_dropout(self.likelihood.encoder_input(batch.x, batch.library)))}
 
     def prior(self, batch: Batch) -> dict[str, Normal]:
         """p(z) = N(0, I)."""

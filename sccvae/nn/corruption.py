@@ -31,10 +31,18 @@ class Masking(nn.Module):
     ----------
     level
         Probability in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If the level is out of range.
     """
 
     def __init__(self, level: float = 0.1) -> None:
         super().__init__()
+        if not 0 <= level < 1:
+            msg = f"masking={level} must be at least 0 and below 1."
+            raise ValueError(msg)
         self.level = level
 
     def forward(self, x: Tensor) -> Tensor:
