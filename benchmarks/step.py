@@ -81,19 +81,15 @@ def products(x: torch.Tensor) -> Callable[[], None]:
 
 
 def likelihood_alone(name: str, x: torch.Tensor) -> Callable[[], None]:
-    """Log mass of the counts and its gradients."""
-    log_mu = torch.randn_like(x).log_softmax(-1) + x.sum(-1, keepdim=True).log()
-    parameters = [log_mu, torch.zeros(1, x.shape[1], device=x.device)]
+    """Log mass of the counts and its gradients, from the scores of the genes on."""
+    parameters = [torch.randn_like(x), torch.zeros(1, x.shape[1], device=x.device)]
     parameters += [torch.randn_like(x)] if name == "zinb" else []
-    parameters = [p.detach().requires_grad_() for p in parameters]
+    parameters = [p.requires_grad_() for p in parameters]
+    library = x.sum(-1, keepdim=True)
     made = {"nb": families.NBObservation, "zinb": families.ZINBObservation}[name]
 
     def step() -> None:
-        observation = made.__new__(made)
-        observation.log_mu, observation.log_theta = parameters[:2]
-        if name == "zinb":
-            observation.logits = parameters[2]
-        torch.autograd.grad(observation.log_prob(x).sum(), parameters)
+        torch.autograd.grad(made(parameters[0], library, *parameters[1:]).log_prob(x).sum(), parameters)
 
     return step
 

@@ -463,6 +463,29 @@ def test_kernels_over_the_whole_range(family, cells):
         close(a.grad, b.grad, absolute=tiny)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 7)], ids=["of a gene", "of a cell", "of a draw"])
+@pytest.mark.parametrize("inflated", [False, True])
+def test_kernels_with_their_softmax(inflated, rows, threads, monkeypatch):
+    """Scores and depths in place of log means, float32 against float64 autograd; the cells parted between threads."""
+    monkeypatch.setattr(kernels, "SHARE", 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    x, depth = torch.poisson(torch.full((7, 40), 0.5)), torch.logspace(2, 5, 7)[:, None]
+    inputs = [3 * torch.randn(2, 7, 40), torch.randn(*rows, 40)] + [torch.randn(2, 7, 40)] * inflated
+    slow = [t.double().requires_grad_() for t in inputs]
+    fast = [t.clone().requires_grad_() for t in inputs]
+    log_mu = slow[0].log_softmax(-1) + depth.double().log()
+    wanted = (log_zinb if inflated else log_nb)(x.double(), log_mu, *slow[1:]).sum(-1)
+    got = (kernels.zinb_sum if inflated else kernels.nb_sum)(x, *fast, log_depth=depth.log())
+    close(got, wanted, absolute=1e-5)
+    weight = torch.rand(2, 7)
+    (wanted * weight.double()).sum().backward()
+    (got * weight).sum().backward()
+    for a, b in zip(fast, slow, strict=True):
+        close(a.grad, b.grad, absolute=1e-4)
+
+
 @pytest.mark.parametrize("parameter", [0, 1, 2])
 @pytest.mark.parametrize("count", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -471,7 +494,10 @@ def test_kernels_do_not_hide_nan(parameter, count, dtype):
     x = torch.full((2, 9), count, dtype=dtype)
     inputs = [torch.zeros(2, 9, dtype=dtype) for _ in range(3)]
     inputs[parameter][1, 4] = math.nan
-    found = [kernels.zinb_sum(x, *inputs)] + ([kernels.nb_sum(x, *inputs[:2])] if parameter < 2 else [])
+    depth = torch.zeros(2, 1, dtype=dtype)
+    found = [kernels.zinb_sum(x, *inputs), kernels.zinb_sum(x, *inputs, depth)]
+    if parameter < 2:
+        found += [kernels.nb_sum(x, *inputs[:2]), kernels.nb_sum(x, *inputs[:2], depth)]
     for got in found:
         assert got.isnan().tolist() == [False, True]
 

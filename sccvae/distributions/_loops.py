@@ -119,8 +119,16 @@ def exp_minus_double(v):
     n = np.floor(v * 1.4426950408889634 + 0.5)
     r = v - n * 0.693145751953125 - n * 1.42860682030941723212e-6
     p = 1 / 3628800
-    for k in (362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0):
-        p = p * r + 1 / k
+    p = p * r + 1 / 362880
+    p = p * r + 1 / 40320
+    p = p * r + 1 / 5040
+    p = p * r + 1 / 720
+    p = p * r + 1 / 120
+    p = p * r + 1 / 24
+    p = p * r + 1 / 6
+    p = p * r + 1 / 2
+    p = p * r + 1.0
+    p = p * r + 1.0
     power = np.int64((np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)  # 2 ** n
     return p * power
 
@@ -131,26 +139,40 @@ def log1p_unit_double(e):
     u = e / (2.0 + e)
     s = u * u
     p = 1 / 23
-    for k in (21.0, 19.0, 17.0, 15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0):
-        p = p * s + 1 / k
+    p = p * s + 1 / 21
+    p = p * s + 1 / 19
+    p = p * s + 1 / 17
+    p = p * s + 1 / 15
+    p = p * s + 1 / 13
+    p = p * s + 1 / 11
+    p = p * s + 1 / 9
+    p = p * s + 1 / 7
+    p = p * s + 1 / 5
+    p = p * s + 1 / 3
+    p = p * s + 1.0
     return 2.0 * u * p
+
+
+# Columns are unsigned: for signed ones numba asks at each whether it counts from the end, and no vectors are made.
 
 
 @compiled()
 def not_zero(x, at):
     """Columns of the counts of one cell that are not zero, in the first places of ``at``; how many."""
-    n = 0
+    n = np.uintp(0)
     for j in range(len(x)):
-        at[n] = j
-        n += x[j] > 0
+        at[n] = np.uint32(j)
+        n += np.uintp(x[j] > 0)
     return n
 
 
 @compiled(**FAST)
 def ratios(n, at, log_mu, log_theta, ratio, plus):
     """The ratio mu / theta and log(1 + mu / theta) at the first ``n`` columns ``at``, in float64."""
+    for k in range(n):  # gathered first, so that the second loop runs on vectors
+        plus[k] = np.float64(log_mu[at[k]]) - np.float64(log_theta[at[k]])
     for k in range(n):
-        a = np.float64(log_mu[at[k]]) - np.float64(log_theta[at[k]])
+        a = plus[k]
         e = exp_minus_double(abs(a))
         ratio[k] = e if a < 0 else 1.0 / e
         plus[k] = log1p_unit_double(e) + (0.0 if a <= 0 else a)
@@ -185,14 +207,38 @@ def nb_seen(x, log_mu, log_theta, theta, d_mu, d_theta, at, ratio, plus):
     return total
 
 
-# Over cells: x (m, G); log_mu, d_* (n, G); log_theta, theta (m, G) or (1, G); total (n,); n is a multiple of m.
-# Loops of their own, as the compiler makes vectors of each by itself, but not of all in one.
+@compiled(**FAST)
+def normalise(scores, top, log_depth, log_mu, share):
+    """Log mean and softmax of the scores of one cell, whose largest is ``top``. All (G,)."""
+    total = f(0.0)
+    for j in range(len(scores)):
+        share[j] = exp_minus(top - scores[j])
+        total += share[j]
+    shift = log_depth - top - np.log(total)
+    for j in range(len(scores)):
+        log_mu[j] = scores[j] + shift
+        share[j] /= total
+
+
+@compiled(**FAST)
+def to_scores(share, derivative):
+    """Turn the derivatives by the log means of one cell into those by its scores."""
+    total = f(0.0)
+    for j in range(len(share)):
+        total += derivative[j]
+    for j in range(len(share)):
+        derivative[j] -= share[j] * total
+
+
+# Over cells: x (m, G); scores, d_* (n, G); log_theta, theta (m, G) or (1, G); total (n,); n is a multiple of m.
+# ``top`` (n,) and ``log_depth`` (m,) are empty where the scores are log means already. Each cell stays in the nearest
+# cache through all its loops: they are many, as the compiler makes vectors of each by itself, but not of all in one.
 
 
 @compiled()
 def seen(x, log_mu, log_theta, theta, d_mu, d_theta, total):
     """Add the log mass of counts that are not zero, in nats, to ``total`` and replace the derivatives there."""
-    at, ratio, plus = np.empty(x.shape[1], np.int64), np.empty(x.shape[1]), np.empty(x.shape[1])
+    at, ratio, plus = np.empty(x.shape[1], np.uint32), np.empty(x.shape[1]), np.empty(x.shape[1])
     for i in range(len(log_mu)):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
@@ -200,20 +246,25 @@ def seen(x, log_mu, log_theta, theta, d_mu, d_theta, total):
 
 
 @compiled()
-def nb(x, log_mu, log_theta, theta, d_mu, d_theta, total):
-    """Log mass of zero counts in nats, and the derivatives by log mu and log theta; all float32."""
-    for i in range(len(log_mu)):
+def cells(
+    start, stop, x, scores, top, log_depth, log_theta, theta, theta_double, logits, d_scores, d_theta, d_logits, total
+):
+    """Log mass in nats and its derivatives; float32 but ``theta_double``. Zero-inflated if ``logits`` is not empty."""
+    n = x.shape[1]
+    at, ratio, plus = np.empty(n, np.uint32), np.empty(n), np.empty(n)
+    log_mu, share = np.empty(n, np.float32), np.empty(n, np.float32)
+    for i in range(start, stop):
         row = i % len(x)
         own = row if len(theta) > 1 else 0
-        total[i] = nb_zeros(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i])
-
-
-@compiled()
-def zinb(x, log_mu, log_theta, theta, logits, d_mu, d_theta, d_logits, total):
-    """As ``nb``, zero-inflated; with the derivatives by the logits."""
-    for i in range(len(log_mu)):
-        row = i % len(x)
-        own = row if len(theta) > 1 else 0
-        total[i] = zinb_zeros(
-            x[row], log_mu[i], log_theta[own], theta[own], logits[i], d_mu[i], d_theta[i], d_logits[i]
-        )
+        if len(top):
+            normalise(scores[i], top[i], log_depth[i % len(log_depth)], log_mu, share)
+        else:
+            log_mu[:] = scores[i]
+        u, t, by_mu, by_theta = log_theta[own], theta[own], d_scores[i], d_theta[i]
+        if len(logits):
+            total[i] = zinb_zeros(x[row], log_mu, u, t, logits[i], by_mu, by_theta, d_logits[i])
+        else:
+            total[i] = nb_zeros(x[row], log_mu, u, t, by_mu, by_theta)
+        total[i] += nb_seen(x[row], log_mu, u, theta_double[own], by_mu, by_theta, at, ratio, plus)
+        if len(top):
+            to_scores(share, by_mu)

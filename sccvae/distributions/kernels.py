@@ -1,15 +1,19 @@
 """Log mass of negative binomial counts and its gradients in one pass, on the CPU, by numba.
 
 Two loops for each cell. One over all genes as if the count were zero, in float32, which the compiler turns into vector
-instructions (for float64 torch does it); one over the counts that are not zero, in float64. Plain torch (in ``counts``)
-gives the same numbers; it is used on other devices and where numba is missing.
+instructions (for float64 torch does it); one over the counts that are not zero, in float64. Around them the softmax
+that gives the means, and its gradient, while the cell is in the cache. Plain torch (in ``counts``) gives the same
+numbers; it is used on other devices and where numba is missing.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,31 +32,67 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def _flat(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments without gradient: x (m, G), log_mu (n, G) and log_theta (1 or m or n, G), contiguous."""
+def _flat(x: Tensor, scores: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments without gradient: x (m, G), scores (n, G) and log_theta (1 or m or n, G), contiguous."""
     width = x.shape[-1]
     log_theta = log_theta.detach().reshape(-1, width)
     if len(log_theta) not in (1, len(x)):  # as many as draws of z
-        x = x.expand(log_mu.shape).reshape(-1, width)
-    return x.detach().contiguous(), log_mu.detach().reshape(-1, width).contiguous(), log_theta.contiguous()
+        x = x.expand(scores.shape).reshape(-1, width)
+    return x.detach().contiguous(), scores.detach().reshape(-1, width).contiguous(), log_theta.contiguous()
 
 
-def _run(loop: str, *tensors: Tensor) -> None:
+#: Counts for which one more thread is worth its start.
+SHARE = 50_000
+
+
+@cache
+def _pool(process: int, n: int) -> ThreadPoolExecutor:
+    """Threads of a process: those of a parent are not there after a fork."""
+    del process
+    return ThreadPoolExecutor(n, "sccvae-loops")
+
+
+def _over_cells(n_cells: int, n_genes: int, *tensors: Tensor) -> None:
+    """Run the loop over all cells, parted between as many threads as torch may use; it holds no lock of Python's."""
     from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
 
-    getattr(_loops, loop)(*(t.numpy() for t in tensors))
+    arrays = [t.numpy() for t in tensors]
+    n = max(1, min(torch.get_num_threads(), n_cells, n_cells * n_genes // SHARE))
+    ends = [n_cells * i // n for i in range(n + 1)]
+    if n == 1:
+        _loops.cells(*ends, *arrays)
+        return
+    others = [_pool(os.getpid(), n).submit(_loops.cells, *part, *arrays) for part in pairwise(ends[:-1])]
+    _loops.cells(*ends[-2:], *arrays)
+    for other in others:
+        other.result()
 
 
-def _zeros(log_mu: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log NB(0) and its derivatives by log mu and log theta, (n, G)."""
-    repeats = len(log_mu) // len(log_theta)
-    theta = log_theta.exp()
-    if len(log_theta) > 1 and repeats > 1:
-        log_theta, theta = log_theta.repeat(repeats, 1), theta.repeat(repeats, 1)
-    a = log_mu - log_theta
-    zero = softplus(a).mul_(-theta)
-    d_mu = torch.sigmoid_(a).mul_(-theta)
-    return zero, d_mu, zero - d_mu
+def _by_torch(
+    x: Tensor, log_mu: Tensor, log_theta: Tensor, theta: Tensor, logits: Tensor, *derivatives: Tensor
+) -> Tensor:
+    """The same in float64: vectors by torch where the count is zero, the loop elsewhere; fills the derivatives."""
+    from sccvae.distributions import _loops
+
+    d_mu, d_theta, d_logits = derivatives
+    seen = (x > 0).repeat(len(log_mu) // len(x), 1)
+    repeats = len(log_mu) // len(theta) if len(theta) > 1 else 1
+    a = log_mu - log_theta.repeat(repeats, 1)
+    minus = -theta.repeat(repeats, 1)
+    zero = softplus(a).mul_(minus)
+    torch.mul(torch.sigmoid_(a), minus, out=d_mu)
+    torch.sub(zero, d_mu, out=d_theta)
+    if len(logits):
+        expressed = logsigmoid(-logits)
+        either = torch.logaddexp(logits + expressed, expressed + zero)  # logsigmoid(l) = l + logsigmoid(-l)
+        from_nb = (expressed + zero - either).exp_()  # P(a zero is no structural one)
+        d_mu.mul_(from_nb), d_theta.mul_(from_nb)
+        torch.sub(torch.where(seen, 0.0, 1 - from_nb), torch.sigmoid(logits), out=d_logits)
+        total = torch.where(seen, expressed, either).sum(-1)
+    else:
+        total = zero.masked_fill_(seen, 0.0).sum(-1)
+    _loops.seen(*(t.numpy() for t in (x, log_mu, log_theta, theta, d_mu, d_theta, total)))
+    return total
 
 
 def _to(shape: torch.Size, gradient: Tensor) -> Tensor:
@@ -61,75 +101,45 @@ def _to(shape: torch.Size, gradient: Tensor) -> Tensor:
     return gradient.reshape(-1, n, shape[-1]).sum(0).reshape(shape)
 
 
-def _seen(x: Tensor, zero: Tensor) -> Tensor:
-    """Where the count is not zero, (n, G), for x (m, G)."""
-    return (x > 0).repeat(len(zero) // len(x), 1)
-
-
-class _NB(torch.autograd.Function):
+class _NegativeBinomial(torch.autograd.Function):
     """Log mass of x summed over genes, (..., n); derivatives are found with it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-        """See :func:`nb_sum`."""
-        flat = _flat(x, log_mu, log_theta)
+    def forward(
+        ctx: Any, x: Tensor, scores: Tensor, log_depth: Tensor | None, log_theta: Tensor, logits: Tensor | None
+    ) -> Tensor:
+        """See :func:`nb_sum` and :func:`zinb_sum`."""
+        flat = _flat(x, scores, log_theta)
+        n = len(flat[1])
         theta = flat[2].double().exp()
+        d_scores, d_theta = torch.empty_like(flat[1]), torch.empty_like(flat[1])
+        none = flat[1].new_empty(0, x.shape[-1])
+        inflated = none if logits is None else logits.detach().expand(scores.shape).reshape(n, -1).contiguous()
+        d_logits, total = torch.empty_like(inflated), flat[1].new_empty(n)
         if x.dtype == torch.float32:
-            d_mu, d_theta, total = torch.empty_like(flat[1]), torch.empty_like(flat[1]), log_mu.new_empty(len(flat[1]))
-            _run("nb", *flat, theta.float(), d_mu, d_theta, total)
+            top, depth = (none[:, 0],) * 2 if log_depth is None else (flat[1].amax(-1), log_depth.detach().reshape(-1))
+            _over_cells(
+                *(n, x.shape[-1], *flat[:2], top, depth, flat[2], theta.float(), theta),
+                *(inflated, d_scores, d_theta, d_logits, total),
+            )
         else:
-            zero, d_mu, d_theta = _zeros(*flat[1:])
-            total = zero.masked_fill_(_seen(flat[0], zero), 0.0).sum(-1)
-        _run("seen", *flat, theta, d_mu, d_theta, total)
-        ctx.save_for_backward(d_mu, d_theta)
-        ctx.shapes = log_mu.shape, log_theta.shape
-        return total.reshape(log_mu.shape[:-1])
+            total = _by_torch(*flat, theta, inflated, d_scores, d_theta, d_logits)
+        ctx.save_for_backward(d_scores, d_theta, d_logits)
+        ctx.shapes = scores.shape, log_theta.shape, None if logits is None else logits.shape
+        return total.reshape(scores.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
-        """Gradients by log mu and log theta, of their shapes, for that of the result, (..., n)."""
-        d_mu, d_theta = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, Tensor, Tensor | None]:
+        """Gradients by scores, log theta and logits, of their shapes, for that of the result, (..., n)."""
+        d_scores, d_theta, d_logits = ctx.saved_tensors
+        scores, log_theta, logits = ctx.shapes
         g = gradient.reshape(-1, 1)
-        by_theta = g.T @ d_theta if math.prod(ctx.shapes[1][:-1]) == 1 else g * d_theta
-        return None, (g * d_mu).reshape(ctx.shapes[0]), _to(ctx.shapes[1], by_theta)
+        by_theta = g.T @ d_theta if math.prod(log_theta[:-1]) == 1 else g * d_theta
+        by_logits = None if logits is None else _to(logits, g * d_logits)
+        return None, (g * d_scores).reshape(scores), None, _to(log_theta, by_theta), by_logits
 
 
-class _ZINB(torch.autograd.Function):
-    """As :class:`_NB`, zero-inflated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
-        """See :func:`zinb_sum`."""
-        flat = _flat(x, log_mu, log_theta)
-        theta = flat[2].double().exp()
-        logits_flat = logits.detach().expand(log_mu.shape).reshape(flat[1].shape).contiguous()
-        if x.dtype == torch.float32:
-            d_mu, d_theta, d_logits = (torch.empty_like(flat[1]) for _ in range(3))
-            total = log_mu.new_empty(len(d_mu))
-            _run("zinb", *flat, theta.float(), logits_flat, d_mu, d_theta, d_logits, total)
-        else:
-            nb_zero, d_mu, d_theta = _zeros(*flat[1:])
-            expressed = logsigmoid(-logits_flat)
-            zero = torch.logaddexp(logits_flat + expressed, expressed + nb_zero)  # logsigmoid(l) = l + logsigmoid(-l)
-            from_nb = (expressed + nb_zero - zero).exp_()  # P(a zero is no structural one)
-            seen = _seen(flat[0], zero)
-            total = torch.where(seen, expressed, zero).sum(-1)
-            d_mu, d_theta = d_mu.mul_(from_nb), d_theta.mul_(from_nb)
-            d_logits = torch.where(seen, 0.0, 1 - from_nb) - torch.sigmoid(logits_flat)
-        _run("seen", *flat, theta, d_mu, d_theta, total)
-        ctx.save_for_backward(d_mu, d_theta, d_logits)
-        ctx.shapes = log_mu.shape, log_theta.shape, logits.shape
-        return total.reshape(log_mu.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        """Gradients by log mu, log theta and the logits, of their shapes, for that of the result, (..., n)."""
-        g = gradient.reshape(-1, 1)
-        by_mu, by_theta, by_logits = (_to(s, g * d) for s, d in zip(ctx.shapes, ctx.saved_tensors, strict=True))
-        return None, by_mu, by_theta, by_logits
-
-
-def nb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
+def nb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor, log_depth: Tensor | None = None) -> Tensor:
     """Log mass of negative binomial counts in nats, summed over genes.
 
     Parameters
@@ -137,29 +147,37 @@ def nb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
     x
         Counts, (n, G).
     log_mu
-        Log of the mean, (..., n, G).
+        Log of the mean, (..., n, G); with ``log_depth`` the scores whose softmax times the depth is the mean.
     log_theta
         Log of the inverse dispersion, (1, G), (n, G) or (..., n, G).
+    log_depth
+        Log of the depth (library size) of each cell, (n, 1).
 
     Returns
     -------
-    (..., n), with gradients of first order by the two parameters.
+    (..., n), with gradients of first order by ``log_mu`` (or the scores) and ``log_theta``.
     """
-    return _NB.apply(x, log_mu, log_theta)
+    return _sum(x, log_mu, log_depth, log_theta, None)
 
 
-def zinb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
+def zinb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor, log_depth: Tensor | None = None) -> Tensor:
     """Log mass of zero-inflated negative binomial counts in nats, summed over genes.
 
     Parameters
     ----------
-    x, log_mu, log_theta
+    x, log_mu, log_theta, log_depth
         As for :func:`nb_sum`.
     logits
         Log odds of a structural zero, (..., n, G).
 
     Returns
     -------
-    (..., n), with gradients of first order by the three parameters.
+    (..., n), with gradients of first order by ``log_mu`` (or the scores), ``log_theta`` and ``logits``.
     """
-    return _ZINB.apply(x, log_mu, log_theta, logits)
+    return _sum(x, log_mu, log_depth, log_theta, logits)
+
+
+def _sum(x: Tensor, scores: Tensor, log_depth: Tensor | None, log_theta: Tensor, logits: Tensor | None) -> Tensor:
+    if log_depth is not None and x.dtype != torch.float32:  # only the loop over float32 takes a softmax along
+        scores, log_depth = scores.log_softmax(-1) + log_depth, None
+    return _NegativeBinomial.apply(x, scores, log_depth, log_theta, logits)
