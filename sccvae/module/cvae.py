@@ -13,7 +13,7 @@ from sccvae.distributions import Likelihood, Observation
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, Conditions, GaussianEncoder, check_sizes
+from sccvae.nn import MLP, Conditions, GaussianEncoder, InputDropout, check_sizes
 
 
 class Mixture(nn.Module):
@@ -134,7 +134,7 @@ class CVAE(LatentVariableModule):
             "n_hidden": [n_hidden] * n_layers,
         }
         n_cond = self.conditions.width
-        self.input_dropout = nn.Dropout(input_dropout)
+        self.input_dropout = InputDropout(input_dropout)
         self.encoder = GaussianEncoder(n_features, n_latent, n_cond=n_cond if encode_condition else 0, **mlp)
         self.decoder = MLP(n_latent, n_cond=n_cond if self.shared_prior else 0, **mlp)
         learned = GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None) if prior == "learned" else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Normal
 
 from sccvae.distributions import Likelihood, Observation, as_likelihood
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, GaussianEncoder
+from sccvae.nn import MLP, GaussianEncoder, InputDropout
 
 
 class VAE(LatentVariableModule):
@@ -63,7 +63,7 @@ class VAE(LatentVariableModule):
             "skip": skip,
             "n_hidden": [n_hidden] * n_layers,
         }
-        self.input_dropout = nn.Dropout(input_dropout)
+        self.input_dropout = InputDropout(input_dropout)
         self.encoder = GaussianEncoder(n_features, n_latent, **mlp)
         self.decoder = MLP(n_latent, **mlp)
         self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features)
