@@ -83,7 +83,7 @@ class CVAE(
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
-        input_dropout: float = 0.0,
+        input_dropout: float | None = None,
         seed: int = 0,
         registry: dict | None = None,
     ) -> None:

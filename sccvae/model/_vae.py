@@ -50,7 +50,7 @@ class VAE(
         As for :class:`sccvae.nn.MLP`.
     input_dropout
         Probability of dropping an input of the encoder while training: it learns less of the noise of few cells by
-        heart, and z holds less of it.
+        heart, and z holds less of it. None for 0.5 where the likelihood is of counts, else 0.
     seed
         Of the initial weights.
     registry
@@ -78,7 +78,7 @@ class VAE(
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
-        input_dropout: float = 0.0,
+        input_dropout: float | None = None,
         seed: int = 0,
         registry: dict | None = None,
     ) -> None:

@@ -104,7 +104,7 @@ class CVAE(LatentVariableModule):
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
-        input_dropout: float = 0.0,
+        input_dropout: float | None = None,
     ) -> None:
         super().__init__(kl, n_samples)
         if prior not in ("mixture", "fixed", "learned"):
@@ -134,7 +134,6 @@ class CVAE(LatentVariableModule):
             "n_hidden": [n_hidden] * n_layers,
         }
         n_cond = self.conditions.width
-        self.input_dropout = InputDropout(input_dropout)
         self.encoder = GaussianEncoder(n_features, n_latent, n_cond=n_cond if encode_condition else 0, **mlp)
         self.decoder = MLP(n_latent, n_cond=n_cond if self.shared_prior else 0, **mlp)
         learned = GaussianEncoder(n_cond, n_latent, n_hidden=[n_hidden], norm=None) if prior == "learned" else None
@@ -142,6 +141,7 @@ class CVAE(LatentVariableModule):
         self.mixture = Mixture(n_components, n_latent) if prior == "mixture" else None
         n_batch = self.conditions.n_categories[0] if n_categories and self.shared_prior else None
         self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
+        self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support)
         self.alignment = Alignment(alignment, n_batch)
 
     def c(self, batch: Batch) -> Tensor:

@@ -34,7 +34,7 @@ class VAE(LatentVariableModule):
         As for :class:`sccvae.nn.MLP`.
     input_dropout
         Probability of dropping an input of the encoder while training: it learns less of the noise of few cells by
-        heart, and z holds less of it.
+        heart, and z holds less of it. None for 0.5 where the likelihood is of counts, else 0.
     """
 
     factors = Factorization(p="p(x|z) p(z)", q="q(z|x)")
@@ -53,7 +53,7 @@ class VAE(LatentVariableModule):
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
-        input_dropout: float = 0.0,
+        input_dropout: float | None = None,
     ) -> None:
         super().__init__(kl, n_samples)
         mlp = {
@@ -63,10 +63,10 @@ class VAE(LatentVariableModule):
             "skip": skip,
             "n_hidden": [n_hidden] * n_layers,
         }
-        self.input_dropout = InputDropout(input_dropout)
         self.encoder = GaussianEncoder(n_features, n_latent, **mlp)
         self.decoder = MLP(n_latent, **mlp)
         self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features)
+        self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support)
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x)."""

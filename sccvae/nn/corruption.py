@@ -75,6 +75,11 @@ class InputDropout(nn.Module):
         self.level = level
         self.dropped = min(round(256 * level), 255)  # of 256
 
+    @classmethod
+    def of(cls, level: float | None, support: str) -> InputDropout:
+        """The one asked for; for None half of the counts are dropped, and nothing of other data (by ``support``)."""
+        return cls((0.5 if support == "counts" else 0.0) if level is None else level)
+
     def forward(self, x: Tensor) -> Tensor:
         """Drop values of x, any shape."""
         if not self.training or not self.dropped:
