@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sccvae.distributions import Bernoulli, NegativeBinomial
+from sccvae.distributions import Bernoulli, NegativeBinomial, kernels
 from sccvae.module import AE, CVAE, IDEC, VAE, Batch, Factor, Factorization
+from sccvae.module._input import InputDropout
 
 N, G = 6, 8
 LIKELIHOODS = ["normal", "bernoulli", "poisson", "nb", "zinb"]
@@ -53,6 +54,34 @@ def suited(module, **options):
     if hasattr(module, "conditions") and not module.conditions.n_categories:
         batch.codes = batch.codes[:, :0]
     return batch
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_input_dropout(dtype, numba, monkeypatch):
+    monkeypatch.setattr(kernels, "_has_numba", lambda: numba)
+    torch.manual_seed(0)
+    x, drop = torch.rand(999, 333, dtype=dtype) + 1, InputDropout(0.3)
+    out = drop(x)
+    assert out.dtype == dtype
+    kept = out != 0
+    torch.testing.assert_close(out[kept], x[kept] * (256 / 179))
+    for rate in (kept.float().mean(), kept[::2, ::2].float().mean(), kept.flatten()[7::8].float().mean()):
+        assert abs(rate - 179 / 256) < 0.005
+    agree = (kept.flatten()[1:] == kept.flatten()[:-1]).float().mean()
+    assert abs(agree - (0.699**2 + 0.301**2)) < 0.005  # neighbours are independent
+    if dtype == torch.float32:  # the two ways draw the same bytes
+        torch.manual_seed(0)
+        again = torch.rand(999, 333) + 1
+        assert torch.equal(drop(again.requires_grad_()), out)
+    assert torch.equal(drop.eval()(x), x)
+    assert torch.equal(InputDropout(0.001)(x), x)
+
+
+@pytest.mark.parametrize("level", [1, -0.1])
+def test_all_inputs_or_less_than_none_cannot_be_dropped(level):
+    with pytest.raises(ValueError, match=f"input_dropout={level} must be at least 0 and below 1"):
+        InputDropout(level)
 
 
 @pytest.mark.parametrize(("cls", "sizes"), [(VAE, [200]), (CVAE, [200, [2, 3], 1])])

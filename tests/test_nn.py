@@ -13,7 +13,6 @@ from sccvae.nn import (
     Conditions,
     GaussianEncoder,
     GaussianNoise,
-    InputDropout,
     Masking,
     as_corruption,
 )
@@ -195,28 +194,6 @@ def test_masking():
     assert abs(float((masked == 0).float().mean()) - 0.3) < 0.03
     assert torch.equal(mask.eval()(x), x)
     assert isinstance(mask, Masking)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_input_dropout(dtype):
-    torch.manual_seed(0)
-    x, drop = torch.rand(999, 333, dtype=dtype) + 1, InputDropout(0.3)
-    out = drop(x)
-    assert out.dtype == dtype
-    kept = out != 0
-    torch.testing.assert_close(out[kept], x[kept] * (256 / 179))
-    for rate in (kept.float().mean(), kept[::2, ::2].float().mean(), kept.flatten()[7::8].float().mean()):
-        assert abs(rate - 179 / 256) < 0.005
-    agree = (kept.flatten()[1:] == kept.flatten()[:-1]).float().mean()
-    assert abs(agree - (0.699**2 + 0.301**2)) < 0.005  # neighbours are independent
-    assert torch.equal(drop.eval()(x), x)
-    assert torch.equal(InputDropout(0.001)(x), x)
-
-
-@pytest.mark.parametrize("level", [1, -0.1])
-def test_all_inputs_or_less_than_none_cannot_be_dropped(level):
-    with pytest.raises(ValueError, match=f"input_dropout={level} must be at least 0 and below 1"):
-        InputDropout(level)
 
 
 @pytest.mark.parametrize("level", [1, -0.1])

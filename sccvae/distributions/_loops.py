@@ -268,3 +268,10 @@ def cells(
         total[i] += nb_seen(x[row], log_mu, u, theta_double[own], by_mu, by_theta, at, ratio, plus)
         if len(top):
             to_scores(share, by_mu)
+
+
+@compiled(**FAST)
+def drop(x, random, below, factor, out):
+    """Zero where the random byte is less than ``below``, ``factor`` times the value elsewhere; all flat, (n,)."""
+    for i in range(len(x)):
+        out[i] = x[i] * factor if random[i] >= below else f(0.0)

@@ -3,7 +3,7 @@
 Two loops for each cell. One over all genes as if the count were zero, in float32, which the compiler turns into vector
 instructions (for float64 torch does it); one over the counts that are not zero, in float64. Around them the softmax
 that gives the means, and its gradient, while the cell is in the cache. Plain torch (in ``counts``) gives the same
-numbers; it is used on other devices and where numba is missing.
+numbers; it is used on other devices and where numba is missing. Dropping counts at random is here too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
@@ -181,3 +182,30 @@ def _sum(x: Tensor, scores: Tensor, log_depth: Tensor | None, log_theta: Tensor,
     if log_depth is not None and x.dtype != torch.float32:  # only the loop over float32 takes a softmax along
         scores, log_depth = scores.log_softmax(-1) + log_depth, None
     return _NegativeBinomial.apply(x, scores, log_depth, log_theta, logits)
+
+
+def drop(x: Tensor, n: int) -> Tensor:
+    """Set values to zero with probability n / 256, and multiply the others by 256 / (256 - n).
+
+    Parameters
+    ----------
+    x
+        Any shape.
+    n
+        From 0 to 255.
+
+    Returns
+    -------
+    A new tensor like x.
+    """
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    random, factor = words.view(torch.uint8)[: x.numel()], 256 / (256 - n)
+    if applies(x) and x.dtype == torch.float32 and not x.requires_grad:
+        from sccvae.distributions import _loops
+
+        out = torch.empty(x.shape)
+        _loops.drop(
+            *(t.numpy() for t in (x.reshape(-1), random)), np.uint8(n), np.float32(factor), out.view(-1).numpy()
+        )
+        return out
+    return x * (random.view(x.shape) >= n).to(x.dtype).mul_(factor)

@@ -13,7 +13,8 @@ from sccvae.distributions import Likelihood, Observation
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, Conditions, GaussianEncoder, InputDropout, check_sizes
+from sccvae.module._input import InputDropout
+from sccvae.nn import MLP, Conditions, GaussianEncoder, check_sizes
 
 
 class Mixture(nn.Module):

@@ -10,7 +10,8 @@ from torch.distributions import Normal
 from sccvae.distributions import Likelihood, Observation, as_likelihood
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, GaussianEncoder, InputDropout
+from sccvae.module._input import InputDropout
+from sccvae.nn import MLP, GaussianEncoder
 
 
 class VAE(LatentVariableModule):

@@ -3,7 +3,7 @@
 from sccvae.nn.adversarial import virtual_adversarial_penalty
 from sccvae.nn.alignment import batch_discrepancy
 from sccvae.nn.conditions import ConditionedLinear, Conditions, new_columns, widen
-from sccvae.nn.corruption import GaussianNoise, InputDropout, Masking, as_corruption
+from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Conditions",
     "GaussianEncoder",
     "GaussianNoise",
-    "InputDropout",
     "Masking",
     "as_corruption",
     "batch_discrepancy",
