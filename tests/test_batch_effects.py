@@ -243,7 +243,9 @@ def test_penalty_is_weighted_and_no_part_of_the_elbo(make):
     torch.testing.assert_close(report["alignment"], 7.0 * batch_discrepancy(z, batch.batch_index, 2, kinds))
     module.alignment.weight = 7.0
     torch.manual_seed(4)
-    torch.testing.assert_close(module.loss(batch, kl_weight=0.25)[1]["alignment"], report["alignment"] / 4)
+    torch.testing.assert_close(module.loss(batch, late=0.25)[1]["alignment"], report["alignment"] / 4)
+    assert module.loss(batch, late=0)[1]["alignment"] == 0
+    assert module.has_late_penalty
     module.eval()
     assert "alignment" not in module.loss(batch)[1]
 

@@ -140,6 +140,12 @@ def test_trained_kl_weight_reaches_its_target(n, epochs, warmup):
     assert result.history["kl_weight"]["kl_weight"].iloc[-1] == 0.7
 
 
+def test_late_penalties_rise_after_the_kl_weight():
+    schedule = Schedule(100, kl_weight=0.5, kl_warmup=0.2)
+    assert [schedule.late(step) for step in (0, 19, 20, 29, 39, 99)] == [0, 0, 0.05, 0.5, 1, 1]
+    assert Schedule(100, kl_warmup=0).late(0) == 1
+
+
 @pytest.mark.parametrize("total", [1, 2, 7, 100, 6000])
 def test_learning_rate_schedule(total):
     factors = [Schedule(total).lr(step) for step in range(total)]

@@ -84,6 +84,11 @@ class GenerativeModule(nn.Module, ABC):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def has_late_penalty(self) -> bool:
+        """Whether a penalty comes after the KL terms: the best weights are then looked for after both."""
+        return False
+
     @abstractmethod
     def inference(self, batch: Batch) -> dict[str, Normal | Tensor]:
         """Give q of each latent variable: a normal over (n, d), or the value itself (n, d) if deterministic."""
@@ -96,7 +101,7 @@ class GenerativeModule(nn.Module, ABC):
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Terms of the negative ELBO, each (n,) in nats, by name; their sum is the loss of a cell (equation 4.8)."""
 
-    def loss(self, batch: Batch, kl_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, kl_weight: float = 1.0, late: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """Objective of a mini-batch, and a report of its parts.
 
         Parameters
@@ -105,6 +110,8 @@ class GenerativeModule(nn.Module, ABC):
             The observations.
         kl_weight
             Factor of every ``kl_*`` term: 1 gives the negative ELBO.
+        late
+            Factor of those penalties that come after the KL terms (``has_late_penalty``).
 
         Returns
         -------
@@ -117,15 +124,15 @@ class GenerativeModule(nn.Module, ABC):
         report = {name: m.detach() for name, m in means.items()}
         report["elbo"] = sum(report.values())
         if self.training:
-            penalties = self.penalties(batch, kl_weight)
+            penalties = self.penalties(batch, late)
             objective = sum(penalties.values(), objective)
             report |= {name: p.detach() for name, p in penalties.items()}
         report["loss"] = objective.detach()
         return objective, report
 
-    def penalties(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
         """Weighted scalars that are added to the loss in training and are no part of the ELBO; none by default."""
-        del batch, kl_weight
+        del batch, late
         return {}
 
 

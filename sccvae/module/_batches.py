@@ -22,13 +22,14 @@ def likelihood_of(likelihood: str | dict | Likelihood | None, n_batch: int | Non
 class Alignment:
     """A penalty on how far the batches lie apart in z, as far as a mini-batch tells.
 
-    It has the weight of the KL terms as well: both want z free of the batch, and both come after the network has seen
-    which cells are alike. From the start it would lay cells on others that are merely as many.
+    It comes late, after the KL warm-up, once the ELBO has told which cells are alike. Before that it would lay cells on
+    others that are merely as many: what parts batches and what parts types look the same where batches differ in their
+    shares of types.
 
     Parameters
     ----------
     weight
-        In nats at a KL weight of 1; 0 for none.
+        In nats; 0 for none.
     n_batch
         Number of batches; None if the decoder does not know them: z must hold them then, and there is no penalty.
 
@@ -50,10 +51,12 @@ class Alignment:
         if self.weight:
             self._noted = z, None if kinds is None else kinds.detach()
 
-    def penalty(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
+    def penalty(self, batch: Batch, late: float) -> dict[str, Tensor]:
         """``alignment`` of the noted draws, which are forgotten; nothing if there are none."""
         noted, self._noted = self._noted, None
         if noted is None:
             return {}
         z, kinds = noted
-        return {"alignment": kl_weight * self.weight * batch_discrepancy(z, batch.batch_index, self.n_batch, kinds)}
+        if late == 0:
+            return {"alignment": z.new_zeros(())}
+        return {"alignment": late * self.weight * batch_discrepancy(z, batch.batch_index, self.n_batch, kinds)}

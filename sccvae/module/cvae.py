@@ -172,6 +172,11 @@ class CVAE(LatentVariableModule):
             self.alignment.note(z, None if self.mixture is None else self.mixture.responsibilities(z))
         return draws
 
-    def penalties(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
+    @property
+    def has_late_penalty(self) -> bool:
+        """Whether batches are aligned."""
+        return bool(self.alignment.weight)
+
+    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
-        return self.alignment.penalty(batch, kl_weight)
+        return self.alignment.penalty(batch, late)

@@ -297,12 +297,17 @@ class GMVAE(EvidenceModule):
         log_p = self.components(w).log_prob(z.unsqueeze(-2)).sum(-1)
         return log_p.logsumexp(-1) - math.log(self.n_components)
 
-    def penalties(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
+    @property
+    def has_late_penalty(self) -> bool:
+        """Whether batches are aligned."""
+        return bool(self.alignment.weight)
+
+    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
         """``alignment`` as in the CVAE; ``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x.
 
         Miyato et al. 2018, equation 6.
         """
-        aligned = self.alignment.penalty(batch, kl_weight)
+        aligned = self.alignment.penalty(batch, late)
         if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
             return aligned
         # Every second cell: batches are shuffled, and the penalty needs three more passes. Batch norm needs two cells.

@@ -134,9 +134,9 @@ class IDEC(GenerativeModule):
         """Log of the target p, (n, K), for log q (n, K); without gradient (equation 3)."""
         return (2 * log_q.detach() - self.frequencies.log()).log_softmax(-1)
 
-    def penalties(self, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
         """``clustering``: ``gamma`` G KL(p || q), the mean over the batch (equation 6)."""
-        del kl_weight
+        del late
         if self.stage == "pretraining":
             return {}
         log_q = self.log_q_y(self.inference(batch)["z"])

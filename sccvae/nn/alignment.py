@@ -8,7 +8,7 @@ from torch import Tensor
 #: Squared widths of the Gaussian kernels, in units of the dimension: a standard normal has a mean square of 2 there.
 WIDTHS = (0.5, 1.0, 2.0, 4.0)
 #: Least weight of a cell of a kind that only one side holds: batches cannot stay apart by being kinds of their own.
-LEAST = 0.2
+LEAST = 0.1
 
 
 def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | None = None) -> Tensor:

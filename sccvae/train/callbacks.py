@@ -19,8 +19,8 @@ class BestWeights(Callback):
     patience
         Epochs without a better one after which training stops; None never stops.
     warmup_steps
-        Optimiser steps before which nothing counts (the KL warm-up): a few cells with many counts can make the held-out
-        loss smallest after a handful of steps, when z holds next to nothing.
+        Optimiser steps before which nothing counts (the KL warm-up, and that of late penalties): a few cells with many
+        counts can make the held-out loss smallest after a handful of steps, when z holds next to nothing.
 
     Attributes
     ----------

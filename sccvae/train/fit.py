@@ -153,7 +153,8 @@ def fit(
     if len(validation_rows) and (early_stopping or restore_best):
         if early_stopping and patience is None:
             patience = max(PATIENCE_EPOCHS, math.ceil(PATIENCE_STEPS / steps))
-        best = BestWeights(patience=patience if early_stopping else None, warmup_steps=schedule.warmup_steps)
+        settled = schedule.warmup_steps * (2 if module.has_late_penalty else 1)
+        best = BestWeights(patience=patience if early_stopping else None, warmup_steps=settled)
     used = [*callbacks, *filter(None, [best])]
     if progress_bar:
         used.append(CellsBar(len(train_rows), max_epochs, description))

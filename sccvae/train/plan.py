@@ -80,7 +80,8 @@ class TrainingPlan(LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = group["speed"] * self.lr * self.schedule.lr(self.n_steps)
             batch = Batch(**tensors)
-            objective, report = self.module.loss(batch, kl_weight=self.schedule.kl(self.n_steps))
+            weights = {"kl_weight": self.schedule.kl(self.n_steps), "late": self.schedule.late(self.n_steps)}
+            objective, report = self.module.loss(batch, **weights)
             optimizer.zero_grad(set_to_none=True)
             self.manual_backward(objective)
             optimizer.step()

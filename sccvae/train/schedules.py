@@ -66,6 +66,11 @@ class Schedule:
         """KL weight at optimiser step ``step`` (0, 1, ...)."""
         return self.kl_weight * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
+    def late(self, step: int) -> float:
+        """Factor, 0 to 1, of penalties that wait for the KL weight: it then rises over as many steps as that took."""
+        n = self.warmup_steps
+        return min(1.0, max(0.0, (step + 1 - n) / n)) if n else 1.0
+
     def lr(self, step: int) -> float:
         """Factor of the learning rate at optimiser step ``step``."""
         rise = max(1, self.total_steps // 100)
