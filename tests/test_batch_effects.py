@@ -295,7 +295,7 @@ def test_batches_meet_in_training(cells):
     CVAE.setup_anndata(cells, batch_key="batch")
     far = {}
     for weight in (0.0, 300.0):
-        model = CVAE(cells, n_latent=3, n_hidden=16, likelihood="nb", prior="fixed", alignment=weight, input_dropout=0)
+        model = CVAE(cells, n_latent=3, n_hidden=16, likelihood="nb", prior="fixed", alignment=weight)
         model.train(20, lr=5e-3, early_stopping=False, **FAST)
         z = torch.from_numpy(model.get_latent_representation())
         far[weight] = float(batch_discrepancy(z, torch.from_numpy(model._store(None).cells.codes[:, 0]), 2))

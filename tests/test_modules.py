@@ -84,6 +84,15 @@ def test_all_inputs_or_less_than_none_cannot_be_dropped(level):
         InputDropout(level)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "genes", "level"), [("nb", 300, 0.5), ("nb", 299, 0), ("normal", 300, 0), ("poisson", 2000, 0.5)]
+)
+def test_counts_of_many_genes_are_dropped_by_default(likelihood, genes, level):
+    assert VAE(genes, likelihood=likelihood).input_dropout.level == level
+    assert CVAE(genes, [2], likelihood=likelihood).input_dropout.level == level
+    assert CVAE(genes, [2], likelihood=likelihood, input_dropout=0.25).input_dropout.level == 0.25
+
+
 @pytest.mark.parametrize(("cls", "sizes"), [(VAE, [200]), (CVAE, [200, [2, 3], 1])])
 def test_input_dropout_is_the_encoders_and_of_training_alone(cls, sizes):
     module, batch, seen = cls(*sizes, input_dropout=0.3), a_batch(g=200), []

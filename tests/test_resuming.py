@@ -35,12 +35,12 @@ class InterruptedLoss:
     def __init__(self, module, step):
         self.inner, self.module, self.left = module.loss, module, step
 
-    def __call__(self, batch, kl_weight=1.0):
+    def __call__(self, batch, **weights):
         if self.module.training:
             self.left -= 1
             if self.left == 0:
                 raise KeyboardInterrupt
-        return self.inner(batch, kl_weight)
+        return self.inner(batch, **weights)
 
 
 def test_interruption_inside_training_ends_gracefully(caplog):

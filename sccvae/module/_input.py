@@ -6,6 +6,10 @@ from torch import Tensor, nn
 
 from sccvae.distributions import kernels
 
+#: Genes from which on counts are dropped by default. In a panel of few each tells what no other does: of simulated cells
+#: the held-out ELBO gains 6 nats with 400 genes, and loses 2 with 150 or 60, where z then misses the types.
+MANY_GENES = 300
+
 
 class InputDropout(nn.Module):
     """Set each value to zero with probability ``level`` while training, and rescale the others; else the identity.
@@ -33,9 +37,11 @@ class InputDropout(nn.Module):
         self.dropped = min(round(256 * level), 255)  # of 256
 
     @classmethod
-    def of(cls, level: float | None, support: str) -> InputDropout:
-        """The one asked for; for None half of the counts are dropped, and nothing of other data (by ``support``)."""
-        return cls((0.5 if support == "counts" else 0.0) if level is None else level)
+    def of(cls, level: float | None, support: str, n_features: int) -> InputDropout:
+        """The one asked for; for None half of the counts (by ``support``) of many genes are dropped, else nothing."""
+        if level is None:
+            level = 0.5 if support == "counts" and n_features >= MANY_GENES else 0.0
+        return cls(level)
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop values of x, any shape."""

@@ -142,7 +142,7 @@ class CVAE(LatentVariableModule):
         self.mixture = Mixture(n_components, n_latent) if prior == "mixture" else None
         n_batch = self.conditions.n_categories[0] if n_categories and self.shared_prior else None
         self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
-        self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support)
+        self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support, n_features)
         self.alignment = Alignment(alignment, n_batch)
 
     def c(self, batch: Batch) -> Tensor:

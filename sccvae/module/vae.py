@@ -35,7 +35,7 @@ class VAE(LatentVariableModule):
         As for :class:`sccvae.nn.MLP`.
     input_dropout
         Probability of dropping an input of the encoder while training: it learns less of the noise of few cells by
-        heart, and z holds less of it. None for 0.5 where the likelihood is of counts, else 0.
+        heart, and z holds less of it. None for 0.5 for counts of at least 300 genes, else 0.
     """
 
     factors = Factorization(p="p(x|z) p(z)", q="q(z|x)")
@@ -67,7 +67,7 @@ class VAE(LatentVariableModule):
         self.encoder = GaussianEncoder(n_features, n_latent, **mlp)
         self.decoder = MLP(n_latent, **mlp)
         self.likelihood = as_likelihood(likelihood).build(self.decoder.n_out, n_features)
-        self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support)
+        self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support, n_features)
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x)."""
