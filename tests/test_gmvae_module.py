@@ -513,9 +513,9 @@ def test_every_second_cell_is_penalised(n, penalised, monkeypatch):
     """Of two both are: batch norm cannot work on one."""
     seen = []
 
-    def penalty(log_q, x):
+    def penalty(log_q, x, length):
         seen.append(len(x))
-        return virtual_adversarial_penalty(log_q, x)
+        return virtual_adversarial_penalty(log_q, x, length)
 
     monkeypatch.setattr("sccvae.module.gmvae.virtual_adversarial_penalty", penalty)
     plate = GMVAE(G, 3, likelihood="normal").train()

@@ -24,6 +24,7 @@ from sccvae.module._base import Batch, EvidenceModule, standard_normal
 from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
 from sccvae.nn import MLP, Conditions, GaussianEncoder, Masking, check_sizes, virtual_adversarial_penalty
+from sccvae.nn.adversarial import RELATIVE_LENGTH
 
 
 class GMVAE(EvidenceModule):
@@ -134,6 +135,7 @@ class GMVAE(EvidenceModule):
             raise ValueError(msg)
         self.dirichlet, self.alpha = prior == "dirichlet", alpha
         self.classifier_sees_x, self.consistency = classifier == "zx", consistency
+        self.set_penalty()
         self.n_latent, self.n_w = n_latent, n_w
         self.stage: Literal["warmup", "classifier", "mixture"] = "mixture"
         self.factors = self._factors(bool(n_cond))
@@ -211,6 +213,13 @@ class GMVAE(EvidenceModule):
             else self.inference(batch)["z"].loc
         )
         return self.y_body(x, self.c(batch))
+
+    def set_penalty(self, relative_length: float = RELATIVE_LENGTH, every: int = 2) -> None:
+        """Length of the small change in the consistency penalty, as a share of that of x; and which cells it is of.
+
+        Batches are shuffled, and the penalty needs three more passes: every second cell will do.
+        """
+        self._relative_length, self._every = relative_length, every
 
     def reset_classifier(self) -> None:
         """Start q(y|.) anew."""
@@ -310,12 +319,13 @@ class GMVAE(EvidenceModule):
         aligned = self.alignment.penalty(batch, late)
         if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
             return aligned
-        # Every second cell: batches are shuffled, and the penalty needs three more passes. Batch norm needs two cells.
-        every = 2 if len(batch.x) > 2 else 1
+        every = self._every if len(batch.x) > self._every else 1  # batch norm needs two cells
         x = self.likelihood.encoder_input(batch.x, batch.library)[::every]
         c = self.c(batch)[::every]
 
         def log_q(v: Tensor) -> Tensor:
             return self.log_q_y(v, self.encoder(v, c).loc, c)
 
-        return aligned | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x)}
+        return aligned | {
+            "consistency": self.consistency * virtual_adversarial_penalty(log_q, x, self._relative_length)
+        }

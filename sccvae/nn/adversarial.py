@@ -11,10 +11,12 @@ from torch import Tensor
 RELATIVE_LENGTH = 0.2
 
 
-def virtual_adversarial_penalty(log_q: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def virtual_adversarial_penalty(
+    log_q: Callable[[Tensor], Tensor], x: Tensor, relative_length: float = RELATIVE_LENGTH
+) -> Tensor:
     """Mean KL(q(y|x) || q(y|x + r)) over the batch, r being the small change that changes q most.
 
-    The direction of r is found by one power iteration; its length is a fifth of that of x, cell by cell.
+    The direction of r is found by one power iteration; its length is a share of that of x, cell by cell.
 
     Parameters
     ----------
@@ -22,6 +24,8 @@ def virtual_adversarial_penalty(log_q: Callable[[Tensor], Tensor], x: Tensor) ->
         Log-probabilities (n, K) for inputs (n, G).
     x
         The inputs, (n, G).
+    relative_length
+        Length of r as a share of that of x.
 
     Returns
     -------
@@ -35,7 +39,7 @@ def virtual_adversarial_penalty(log_q: Callable[[Tensor], Tensor], x: Tensor) ->
     x = x.detach()
     with torch.no_grad():
         target = log_q(x)
-    length = RELATIVE_LENGTH * x.norm(dim=1, keepdim=True)
+    length = relative_length * x.norm(dim=1, keepdim=True)
 
     def divergence(r: Tensor) -> Tensor:
         return (target.exp() * (target - log_q(x + r))).sum(1).mean()
