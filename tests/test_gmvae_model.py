@@ -259,6 +259,36 @@ def test_guides_that_cannot_be_used_raise():
             model.train(max_epochs=1, guide=guide, **FAST)
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_many_labels_guide_alone_where_they_find_more(better, monkeypatch):
+    """Then the change in the penalty is shorter, all cells have it, and no round makes the guide again."""
+    from lightning import Callback
+
+    from sccvae.train import mixture
+
+    seen = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            module = pl_module.module
+            seen.append((module.stage, module._relative_length, module._every))
+
+    monkeypatch.setattr(mixture, "mean_recall", lambda *_: 1.0 if better else 0.0)  # of held-back labels
+    monkeypatch.setattr("sccvae.train.few_labels.mean_recall", lambda *_: 0.5)
+    adata = make_cells(60)
+    known = adata.obs["class"].astype(object)
+    known[np.arange(600) % 6 == 0] = np.nan
+    adata.obs["known"] = known
+    model = make(adata, setup={"labels_key": "known"}, train=False)
+    model.train(max_epochs=4, callbacks=[Watch()], **FAST)
+    labelled = [("classifier", 0.1, 1)]
+    rounds = labelled if better else [("classifier", 0.2, 2)] * 2
+    last = [("mixture", 0.1, 1) if better else ("mixture", 0.2, 2)] * 2
+    assert seen == [("warmup", 0.2, 2), *labelled, *rounds, *last]
+    missing = model.adata.obs["known"].isna()
+    assert (model.predict().astype(str) == adata.obs["class"].astype(str))[missing].mean() > 0.9
+
+
 # on disk
 
 
