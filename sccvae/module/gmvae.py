@@ -72,7 +72,8 @@ class GMVAE(EvidenceModule):
     stage
         ``"mixture"``; ``"warmup"``: a VAE with p(z) = N(0, I), whose other terms are zero; ``"classifier"``: q(y|.)
         learns the labels of the batch, and ``kl_y`` is the only term that is not zero: -log q(y|.) of the cells with a
-        label, whose mean over the batch is that over these cells.
+        label, whose mean over the batch is that over these cells. ``"labels"``: the same by x alone, whatever z.
+        ``"given"``: the mixture, with q(y|.) as it is.
 
     Raises
     ------
@@ -84,7 +85,9 @@ class GMVAE(EvidenceModule):
     LEARNED: ClassVar = {
         "warmup": ("encoder", "decoder", "likelihood"),
         "classifier": ("y_",),
+        "labels": ("y_",),
         "mixture": ("",),
+        "given": ("encoder", "w_", "z_", "decoder", "likelihood"),
     }
     #: Smallest standard deviation of a component: none can shrink onto a single cell.
     MIN_SCALE = 0.05
@@ -137,7 +140,7 @@ class GMVAE(EvidenceModule):
         self.classifier_sees_x, self.consistency = classifier == "zx", consistency
         self.set_penalty()
         self.n_latent, self.n_w = n_latent, n_w
-        self.stage: Literal["warmup", "classifier", "mixture"] = "mixture"
+        self.stage: Literal["warmup", "classifier", "labels", "mixture", "given"] = "mixture"
         self.factors = self._factors(bool(n_cond))
 
         mlp = {"activation": activation, "norm": norm, "dropout": dropout, "skip": skip}
@@ -201,8 +204,9 @@ class GMVAE(EvidenceModule):
 
     def classify(self, batch: Batch, *, log: bool = False) -> Tensor:
         """Probability of each component at the mean of q(z|x,c), (n, K), or its logarithm."""
-        z = self.inference(batch)["z"].loc
-        log_q = self.log_q_y(self.likelihood.encoder_input(batch.x, batch.library), z, self.c(batch))
+        x, c = self.likelihood.encoder_input(batch.x, batch.library), self.c(batch)
+        z = x.new_zeros(len(x), self.n_latent) if self.stage == "labels" else self.inference(batch)["z"].loc
+        log_q = self.log_q_y(x, z, c)
         return log_q if log else log_q.exp()
 
     def class_features(self, batch: Batch) -> Tensor:
@@ -220,6 +224,11 @@ class GMVAE(EvidenceModule):
         Batches are shuffled, and the penalty needs three more passes: every second cell will do.
         """
         self._relative_length, self._every = relative_length, every
+
+    @torch.no_grad()
+    def forget_z(self) -> None:
+        """Let q(y|z,x) be q(y|x): its weights on z become zero."""
+        self.y_head.weight[:, -self.n_latent :] = 0
 
     def reset_classifier(self) -> None:
         """Start q(y|.) anew."""
@@ -254,7 +263,7 @@ class GMVAE(EvidenceModule):
         Where y is seen, ``kl_z`` is that of its component, and ``kl_y`` is -log q(y|.) - E[log d_y].
         """
         batch = replace(batch, x=self.likelihood.observe(batch.x))
-        if self.stage == "classifier":
+        if self.stage in ("classifier", "labels"):
             log_q = self.classify(batch, log=True)
             seen, y = self._seen(batch, log_q)
             zero = log_q.new_zeros(len(log_q))
@@ -317,14 +326,15 @@ class GMVAE(EvidenceModule):
         Miyato et al. 2018, equation 6.
         """
         aligned = self.alignment.penalty(batch, late)
-        if self.stage == "warmup" or not self.consistency or not self.classifier_sees_x:
+        if self.stage in ("warmup", "given") or not self.consistency or not self.classifier_sees_x:
             return aligned
         every = self._every if len(batch.x) > self._every else 1  # batch norm needs two cells
         x = self.likelihood.encoder_input(batch.x, batch.library)[::every]
         c = self.c(batch)[::every]
 
         def log_q(v: Tensor) -> Tensor:
-            return self.log_q_y(v, self.encoder(v, c).loc, c)
+            z = v.new_zeros(len(v), self.n_latent) if self.stage == "labels" else self.encoder(v, c).loc
+            return self.log_q_y(v, z, c)
 
         return aligned | {
             "consistency": self.consistency * virtual_adversarial_penalty(log_q, x, self._relative_length)

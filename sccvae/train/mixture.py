@@ -99,11 +99,13 @@ def fit_mixture(
 
     1. *Warm-up*: a VAE with p(z) = N(0, I), until its held-out ELBO no longer falls.
     2. *Guide*: Leiden clusters of z, their number searched by the resolution; or classes from the labels in ``store``.
-       Twice, q(y|.) alone learns them and the guide is made again from its last hidden layer. Or the user's own. With
-       many labels, q(y|.) that learned these alone is the guide, if it finds held-back labels better.
+       Twice, q(y|.) alone learns them and the guide is made again from its last hidden layer. Or the user's own.
     3. *Guided*: components are placed at the clusters; cells of the guide take its component, the others sum y out.
     4. *Free*: only labels of ``store`` are seen. Should a component of the guide be lost, this phase is taken back and
        run again with the guide.
+
+    With many labels, q(y|x) learns these alone, before any guide. If it finds held-back labels better than the spread
+    ones do, it learns all of them and then stays as it is, while the mixture is fitted to it in place of 3 and 4.
 
     Parameters
     ----------
@@ -167,32 +169,44 @@ def fit_mixture(
     least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
     guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
 
-    def classifier(labels: np.ndarray, epochs: float, share: float = KNOWN_SHARE) -> TrainingResult:
+    def classifier(labels: np.ndarray, epochs: float) -> TrainingResult:
         with _drawn_with(seed):
             module.reset_classifier()
         with at_stage(module, "classifier"):
-            return phase("guide", max(least, epochs), labels, share, **guided)
+            return phase("guide", max(least, epochs), labels, **guided)
 
-    by_labels = False  # whether the labels by themselves teach more than what is spread from them
-    hidden = _held_back(train_rows, known, module.n_components) if guide is None else []
+    def by_labels(labels: np.ndarray, epochs: float) -> TrainingResult:
+        with _drawn_with(seed):
+            module.reset_classifier()
+        module.set_penalty(**LABELLED_PENALTY)
+        with at_stage(module, "labels"):
+            done = phase("guide", max(least, epochs), labels, LABELLED_SHARE, **guided)
+        module.set_penalty()
+        module.forget_z()
+        return done
+
+    many = False  # whether the labels by themselves teach more than what is spread from them
+    hidden = _held_back(train_rows, known, module) if guide is None else []
     if len(hidden):
         rest = known.copy()
         rest[hidden] = -1
-        module.set_penalty(**LABELLED_PENALTY)
-        last = classifier(rest, min(GUIDED * warm, GUIDED_EPOCHS), LABELLED_SHARE)
+        last = by_labels(rest, min(GUIDED * warm, GUIDED_EPOCHS))
         if last.interrupted:
             return MixtureResult(last, None)
         recall = mean_recall(known[hidden], over_cells(module, store, hidden, lambda b: module.classify(b).argmax(1)))
-        by_labels = recall > found.recall
+        many = recall > found.recall
         logger.info("Recall of held-back labels, learned from the others alone: %.3f", recall)
-    if not by_labels:
-        module.set_penalty()
-    if by_labels:
-        last = classifier(known, min(LABELLED * warm, LABELLED_EPOCHS), LABELLED_SHARE)
+    if many:
+        last = by_labels(known, min(LABELLED * warm, LABELLED_EPOCHS))
         if last.interrupted:
             return MixtureResult(last, None)
-        found = Guide(over_cells(module, store, rows, lambda b: module.classify(b).argmax(1)), module.n_components)
-    for _ in range(ROUNDS if guide is None and not by_labels else 0):
+        classes = over_cells(module, store, rows, lambda b: module.classify(b).argmax(1))
+        labels = _on_cells(Guide(classes, module.n_components), rows, known)
+        module.place(*_moments(z, labels[rows], module.n_components))
+        with at_stage(module, "given"):
+            last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), known, **guided)
+        return MixtureResult(last, labels[train_rows])
+    for _ in range(ROUNDS if guide is None else 0):
         labels = _on_cells(found, rows, known)
         last = classifier(labels, min(ROUND * warm, ROUND_EPOCHS))
         if last.interrupted:
@@ -213,8 +227,7 @@ def fit_mixture(
         )
     labels = _on_cells(found, rows, known)
     with _drawn_with(seed):
-        if not by_labels:
-            module.reset_classifier()
+        module.reset_classifier()
         module.place(*_moments(z, labels[rows], module.n_components))
     last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)
     if last.interrupted:
@@ -242,11 +255,11 @@ def _drawn_with(seed: int):
         yield
 
 
-def _held_back(train_rows: np.ndarray, known: np.ndarray, n_components: int) -> np.ndarray:
-    """A fifth of the training cells with a label, if there are many labels and no more components than classes."""
+def _held_back(train_rows: np.ndarray, known: np.ndarray, module: GMVAE) -> np.ndarray:
+    """A fifth of the training cells with a label, if these are many, each component has a class and q(y|.) sees x."""
     cells = train_rows[known[train_rows] >= 0]
     n_classes = int(known.max()) + 1
-    if n_components > n_classes or len(cells) < MANY_LABELS * n_classes:
+    if not module.classifier_sees_x or module.n_components > n_classes or len(cells) < MANY_LABELS * n_classes:
         return cells[:0]
     return np.sort(cells[np.argsort(known[cells], kind="stable")][::FOLDS])
 
