@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,7 +195,8 @@ def fit_mixture(
         if last.interrupted:
             return MixtureResult(last, None)
         recall = mean_recall(known[hidden], over_cells(module, store, hidden, lambda b: module.classify(b).argmax(1)))
-        many = recall > found.recall
+        # Within one standard error is enough: the trial had fewer labels and epochs than the training would have.
+        many = recall + math.sqrt(recall * (1 - recall) / len(hidden)) > found.recall
         logger.info("Recall of held-back labels, learned from the others alone: %.3f", recall)
     if many:
         last = by_labels(known, min(LABELLED * warm, LABELLED_EPOCHS))
