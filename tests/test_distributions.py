@@ -464,20 +464,24 @@ def test_kernels_over_the_whole_range(family, cells):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rows", [(1,), (7,), (2, 7)], ids=["of a gene", "of a cell", "of a draw"])
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 7), (3,)], ids=["of a gene", "of a cell", "of a draw", "of a batch"])
 @pytest.mark.parametrize("inflated", [False, True])
-def test_kernels_with_their_softmax(inflated, rows, threads, monkeypatch):
-    """Scores and depths in place of log means, float32 against float64 autograd; the cells parted between threads."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_with_their_softmax(dtype, inflated, rows, threads, monkeypatch):
+    """Scores and depths in place of log means, against float64 autograd; the cells parted between threads."""
     monkeypatch.setattr(kernels, "SHARE", 30)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     x, depth = torch.poisson(torch.full((7, 40), 0.5)), torch.logspace(2, 5, 7)[:, None]
+    x, depth = x.to(dtype), depth.to(dtype)
     inputs = [3 * torch.randn(2, 7, 40), torch.randn(*rows, 40)] + [torch.randn(2, 7, 40)] * inflated
     slow = [t.double().requires_grad_() for t in inputs]
-    fast = [t.clone().requires_grad_() for t in inputs]
+    fast = [t.detach().to(dtype, copy=True).requires_grad_() for t in inputs]
     log_mu = slow[0].log_softmax(-1) + depth.double().log()
-    wanted = (log_zinb if inflated else log_nb)(x.double(), log_mu, *slow[1:]).sum(-1)
-    got = (kernels.zinb_sum if inflated else kernels.nb_sum)(x, *fast, log_depth=depth.log())
+    batch = torch.tensor([0, 2, 2, 0, 2, 0, 2]) if rows == (3,) else None  # nothing of batch 1
+    log_theta = slow[1] if batch is None else slow[1][batch]
+    wanted = (log_zinb if inflated else log_nb)(x.double(), log_mu, log_theta, *slow[2:]).sum(-1)
+    got = (kernels.zinb_sum if inflated else kernels.nb_sum)(x, *fast, log_depth=depth.log(), rows=batch)
     close(got, wanted, absolute=1e-5)
     weight = torch.rand(2, 7)
     (wanted * weight.double()).sum().backward()

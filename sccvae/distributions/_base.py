@@ -27,11 +27,11 @@ class Observation(ABC):
     def restrict(self, features: Tensor) -> Self:
         """The distribution of some features alone, those where ``features`` (G,) bool is true.
 
-        Every parameter with an axis over the features keeps these; what is shared by all features stays.
+        Every parameter with an axis over the features keeps these; what is shared by all features, and indices, stay.
         """
         some = copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and value.shape[-1:] == features.shape:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1:] == features.shape:
                 setattr(some, name, value[..., features])
         return some
 

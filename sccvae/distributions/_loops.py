@@ -230,24 +230,39 @@ def to_scores(share, derivative):
         derivative[j] -= share[j] * total
 
 
-# Over cells: x (m, G); scores, d_* (n, G); log_theta, theta (m, G) or (1, G); total (n,); n is a multiple of m.
-# ``top`` (n,) and ``log_depth`` (m,) are empty where the scores are log means already. Each cell stays in the nearest
-# cache through all its loops: they are many, as the compiler makes vectors of each by itself, but not of all in one.
+# Over cells: x (m, G); scores, d_* (n, G); log_theta, theta (r, G), with ``own`` (m,) the row of each cell; total (n,);
+# n is a multiple of m. ``top`` (n,) and ``log_depth`` (m,) are empty where the scores are log means already. Each cell
+# stays in the nearest cache through all its loops: they are many, as the compiler makes vectors of each by itself, but
+# not of all in one.
 
 
 @compiled()
-def seen(x, log_mu, log_theta, theta, d_mu, d_theta, total):
+def seen(x, log_mu, log_theta, theta, own, d_mu, d_theta, total):
     """Add the log mass of counts that are not zero, in nats, to ``total`` and replace the derivatives there."""
     at, ratio, plus = np.empty(x.shape[1], np.uint32), np.empty(x.shape[1]), np.empty(x.shape[1])
     for i in range(len(log_mu)):
         row = i % len(x)
-        own = row if len(theta) > 1 else 0
-        total[i] += nb_seen(x[row], log_mu[i], log_theta[own], theta[own], d_mu[i], d_theta[i], at, ratio, plus)
+        k = own[row]
+        total[i] += nb_seen(x[row], log_mu[i], log_theta[k], theta[k], d_mu[i], d_theta[i], at, ratio, plus)
 
 
 @compiled()
 def cells(
-    start, stop, x, scores, top, log_depth, log_theta, theta, theta_double, logits, d_scores, d_theta, d_logits, total
+    start,
+    stop,
+    x,
+    scores,
+    top,
+    log_depth,
+    log_theta,
+    theta,
+    theta_double,
+    own,
+    logits,
+    d_scores,
+    d_theta,
+    d_logits,
+    total,
 ):
     """Log mass in nats and its derivatives; float32 but ``theta_double``. Zero-inflated if ``logits`` is not empty."""
     n = x.shape[1]
@@ -255,17 +270,17 @@ def cells(
     log_mu, share = np.empty(n, np.float32), np.empty(n, np.float32)
     for i in range(start, stop):
         row = i % len(x)
-        own = row if len(theta) > 1 else 0
+        k = own[row]
         if len(top):
             normalise(scores[i], top[i], log_depth[i % len(log_depth)], log_mu, share)
         else:
             log_mu[:] = scores[i]
-        u, t, by_mu, by_theta = log_theta[own], theta[own], d_scores[i], d_theta[i]
+        u, t, by_mu, by_theta = log_theta[k], theta[k], d_scores[i], d_theta[i]
         if len(logits):
             total[i] = zinb_zeros(x[row], log_mu, u, t, logits[i], by_mu, by_theta, d_logits[i])
         else:
             total[i] = nb_zeros(x[row], log_mu, u, t, by_mu, by_theta)
-        total[i] += nb_seen(x[row], log_mu, u, theta_double[own], by_mu, by_theta, at, ratio, plus)
+        total[i] += nb_seen(x[row], log_mu, u, theta_double[k], by_mu, by_theta, at, ratio, plus)
         if len(top):
             to_scores(share, by_mu)
 

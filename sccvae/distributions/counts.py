@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid, one_hot, softplus
 
 from sccvae.distributions import kernels
 from sccvae.distributions._base import Likelihood, Observation, register
@@ -183,17 +183,25 @@ class CountObservation(Observation):
 
 
 class NBObservation(CountObservation):
-    """Negative binomial counts; ``log_theta`` (broadcastable to (..., n, G)) is the log inverse dispersion."""
+    """Negative binomial counts; ``log_theta`` (broadcastable to (..., n, G)) is the log inverse dispersion.
 
-    def __init__(self, scores: Tensor, library: Tensor, log_theta: Tensor) -> None:
+    With ``rows`` (n,) int64 the cells share dispersions: it is (r, G), and ``rows`` says whose row is whose.
+    """
+
+    def __init__(self, scores: Tensor, library: Tensor, log_theta: Tensor, rows: Tensor | None = None) -> None:
         super().__init__(scores, library)
-        self.log_theta = log_theta
+        self._log_theta, self._rows = log_theta, rows
+
+    @cached_property
+    def log_theta(self) -> Tensor:
+        """Log inverse dispersion, broadcastable to (..., n, G)."""
+        return self._log_theta if self._rows is None else self._log_theta[self._rows]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
         log_mu, log_depth = self._log_means()
-        if kernels.applies(x, log_mu, self.log_theta):
-            return kernels.nb_sum(x, log_mu, self.log_theta, log_depth)
+        if kernels.applies(x, log_mu, self._log_theta):
+            return kernels.nb_sum(x, log_mu, self._log_theta, log_depth, self._rows)
         parameters = (self.log_mu, self.log_theta)
         return _sum_over_genes(_nb_zero(*parameters), x, log_nb, *parameters)
 
@@ -208,8 +216,10 @@ class NBObservation(CountObservation):
 class ZINBObservation(NBObservation):
     """Zero-inflated negative binomial counts; ``logits`` (..., n, G) are the log odds of a structural zero."""
 
-    def __init__(self, scores: Tensor, library: Tensor, log_theta: Tensor, logits: Tensor) -> None:
-        super().__init__(scores, library, log_theta)
+    def __init__(
+        self, scores: Tensor, library: Tensor, log_theta: Tensor, logits: Tensor, rows: Tensor | None = None
+    ) -> None:
+        super().__init__(scores, library, log_theta, rows)
         self.logits = logits.to(library.dtype)
 
     @property
@@ -220,8 +230,8 @@ class ZINBObservation(NBObservation):
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
         log_mu, log_depth = self._log_means()
-        if kernels.applies(x, log_mu, self.log_theta, self.logits):
-            return kernels.zinb_sum(x, log_mu, self.log_theta, self.logits, log_depth)
+        if kernels.applies(x, log_mu, self._log_theta, self.logits):
+            return kernels.zinb_sum(x, log_mu, self._log_theta, self.logits, log_depth, self._rows)
         parameters = (self.log_mu, self.log_theta, self.logits)
         return _sum_over_genes(_zinb_zero(*parameters), x, _zinb_seen, *parameters)
 
@@ -354,20 +364,26 @@ class NegativeBinomial(_CountLikelihood):
 
     def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> NBObservation:
         """Distribution of counts; see :meth:`Likelihood.forward`."""
-        return NBObservation(self._scores(h, batch_index), library, self._log_theta(h, batch_index))
+        log_theta, rows = self._log_theta(h, batch_index)
+        return NBObservation(self._scores(h, batch_index), library, log_theta, rows)
 
     def _scores(self, h: Tensor, batch_index: Tensor | None) -> Tensor:
-        scores = self.scale_head(h)
-        return scores + self.offset[batch_index] if self.settings["batch_offset"] else scores
+        if not self.settings["batch_offset"]:
+            return self.scale_head(h)
+        # A product with one-hot rows: its gradient is a product too, much faster than that of an index.
+        rows = h.reshape(-1, h.shape[-1])
+        own = one_hot(batch_index, len(self.offset)).to(h.dtype).repeat(len(rows) // len(batch_index), 1)
+        return torch.addmm(self.scale_head(rows), own, self.offset).reshape(*h.shape[:-1], -1)
 
-    def _log_theta(self, h: Tensor, batch_index: Tensor | None) -> Tensor:
+    def _log_theta(self, h: Tensor, batch_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The log inverse dispersions and which row is whose, as an observation takes them."""
         match self.settings["dispersion"]:
             case "gene":
-                return self.log_theta  # (1, G)
+                return self.log_theta, None  # (1, G)
             case "gene-batch":
-                return self.log_theta[batch_index]  # (n, G)
+                return self.log_theta, batch_index  # (n_batch, G)
             case _:
-                return self.theta_head(h).clamp(-MAX_LOG_THETA, MAX_LOG_THETA)  # (..., n, G)
+                return self.theta_head(h).clamp(-MAX_LOG_THETA, MAX_LOG_THETA), None  # (..., n, G)
 
 
 @register("zinb")
@@ -392,5 +408,5 @@ class ZINB(NegativeBinomial):
 
     def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> ZINBObservation:
         """Distribution of counts; see :meth:`Likelihood.forward`."""
-        scores = self._scores(h, batch_index)
-        return ZINBObservation(scores, library, self._log_theta(h, batch_index), self.zero_head(h))
+        log_theta, rows = self._log_theta(h, batch_index)
+        return ZINBObservation(self._scores(h, batch_index), library, log_theta, self.zero_head(h), rows)

@@ -33,13 +33,18 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def _flat(x: Tensor, scores: Tensor, log_theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments without gradient: x (m, G), scores (n, G) and log_theta (1 or m or n, G), contiguous."""
+def _flat(
+    x: Tensor, scores: Tensor, log_theta: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments without gradient: x (m, G), scores (n, G), log_theta (r, G), rows (m,) of it, all contiguous."""
     width = x.shape[-1]
     log_theta = log_theta.detach().reshape(-1, width)
-    if len(log_theta) not in (1, len(x)):  # as many as draws of z
-        x = x.expand(scores.shape).reshape(-1, width)
-    return x.detach().contiguous(), scores.detach().reshape(-1, width).contiguous(), log_theta.contiguous()
+    if rows is None:
+        if len(log_theta) not in (1, len(x)):  # as many as draws of z
+            x = x.expand(scores.shape).reshape(-1, width)
+        rows = torch.arange(len(x)) if len(log_theta) > 1 else torch.zeros(len(x), dtype=torch.int64)
+    flat = x.detach(), scores.detach().reshape(-1, width), log_theta, rows
+    return tuple(t.contiguous() for t in flat)
 
 
 #: Counts for which one more thread is worth its start.
@@ -70,16 +75,16 @@ def _over_cells(n_cells: int, n_genes: int, *tensors: Tensor) -> None:
 
 
 def _by_torch(
-    x: Tensor, log_mu: Tensor, log_theta: Tensor, theta: Tensor, logits: Tensor, *derivatives: Tensor
+    x: Tensor, log_mu: Tensor, log_theta: Tensor, rows: Tensor, theta: Tensor, logits: Tensor, *derivatives: Tensor
 ) -> Tensor:
     """The same in float64: vectors by torch where the count is zero, the loop elsewhere; fills the derivatives."""
     from sccvae.distributions import _loops
 
     d_mu, d_theta, d_logits = derivatives
-    seen = (x > 0).repeat(len(log_mu) // len(x), 1)
-    repeats = len(log_mu) // len(theta) if len(theta) > 1 else 1
-    a = log_mu - log_theta.repeat(repeats, 1)
-    minus = -theta.repeat(repeats, 1)
+    repeats = len(log_mu) // len(x)
+    seen, own = (x > 0).repeat(repeats, 1), rows.repeat(repeats)
+    a = log_mu - log_theta[own]
+    minus = -theta[own]
     zero = softplus(a).mul_(minus)
     torch.mul(torch.sigmoid_(a), minus, out=d_mu)
     torch.sub(zero, d_mu, out=d_theta)
@@ -92,7 +97,7 @@ def _by_torch(
         total = torch.where(seen, expressed, either).sum(-1)
     else:
         total = zero.masked_fill_(seen, 0.0).sum(-1)
-    _loops.seen(*(t.numpy() for t in (x, log_mu, log_theta, theta, d_mu, d_theta, total)))
+    _loops.seen(*(t.numpy() for t in (x, log_mu, log_theta, theta, rows, d_mu, d_theta, total)))
     return total
 
 
@@ -107,10 +112,16 @@ class _NegativeBinomial(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scores: Tensor, log_depth: Tensor | None, log_theta: Tensor, logits: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        scores: Tensor,
+        log_depth: Tensor | None,
+        log_theta: Tensor,
+        rows: Tensor | None,
+        logits: Tensor | None,
     ) -> Tensor:
         """See :func:`nb_sum` and :func:`zinb_sum`."""
-        flat = _flat(x, scores, log_theta)
+        flat = _flat(x, scores, log_theta, rows)
         n = len(flat[1])
         theta = flat[2].double().exp()
         d_scores, d_theta = torch.empty_like(flat[1]), torch.empty_like(flat[1])
@@ -120,27 +131,36 @@ class _NegativeBinomial(torch.autograd.Function):
         if x.dtype == torch.float32:
             top, depth = (none[:, 0],) * 2 if log_depth is None else (flat[1].amax(-1), log_depth.detach().reshape(-1))
             _over_cells(
-                *(n, x.shape[-1], *flat[:2], top, depth, flat[2], theta.float(), theta),
+                *(n, x.shape[-1], *flat[:2], top, depth, flat[2], theta.float(), theta, flat[3]),
                 *(inflated, d_scores, d_theta, d_logits, total),
             )
         else:
             total = _by_torch(*flat, theta, inflated, d_scores, d_theta, d_logits)
         ctx.save_for_backward(d_scores, d_theta, d_logits)
+        shared = rows is not None or len(flat[2]) == 1
+        ctx.rows = flat[3].repeat(n // len(flat[3])) if shared else None
         ctx.shapes = scores.shape, log_theta.shape, None if logits is None else logits.shape
         return total.reshape(scores.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, Tensor, None, Tensor | None]:
         """Gradients by scores, log theta and logits, of their shapes, for that of the result, (..., n)."""
         d_scores, d_theta, d_logits = ctx.saved_tensors
         scores, log_theta, logits = ctx.shapes
         g = gradient.reshape(-1, 1)
-        by_theta = g.T @ d_theta if math.prod(log_theta[:-1]) == 1 else g * d_theta
+        if ctx.rows is None:
+            by_theta = _to(log_theta, g * d_theta)
+        else:  # a product sums over the cells of each row
+            of_row = g.new_zeros(math.prod(log_theta[:-1]), len(g))
+            of_row[ctx.rows, torch.arange(len(g))] = g[:, 0]
+            by_theta = (of_row @ d_theta).reshape(log_theta)
         by_logits = None if logits is None else _to(logits, g * d_logits)
-        return None, (g * d_scores).reshape(scores), None, _to(log_theta, by_theta), by_logits
+        return None, (g * d_scores).reshape(scores), None, by_theta, None, by_logits
 
 
-def nb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor, log_depth: Tensor | None = None) -> Tensor:
+def nb_sum(
+    x: Tensor, log_mu: Tensor, log_theta: Tensor, log_depth: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
     """Log mass of negative binomial counts in nats, summed over genes.
 
     Parameters
@@ -150,23 +170,32 @@ def nb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor, log_depth: Tensor | Non
     log_mu
         Log of the mean, (..., n, G); with ``log_depth`` the scores whose softmax times the depth is the mean.
     log_theta
-        Log of the inverse dispersion, (1, G), (n, G) or (..., n, G).
+        Log of the inverse dispersion, (1, G), (n, G) or (..., n, G); with ``rows`` (r, G).
     log_depth
         Log of the depth (library size) of each cell, (n, 1).
+    rows
+        Row of ``log_theta`` for each cell, (n,) int64.
 
     Returns
     -------
     (..., n), with gradients of first order by ``log_mu`` (or the scores) and ``log_theta``.
     """
-    return _sum(x, log_mu, log_depth, log_theta, None)
+    return _sum(x, log_mu, log_depth, log_theta, rows, None)
 
 
-def zinb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor, log_depth: Tensor | None = None) -> Tensor:
+def zinb_sum(
+    x: Tensor,
+    log_mu: Tensor,
+    log_theta: Tensor,
+    logits: Tensor,
+    log_depth: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Log mass of zero-inflated negative binomial counts in nats, summed over genes.
 
     Parameters
     ----------
-    x, log_mu, log_theta, log_depth
+    x, log_mu, log_theta, log_depth, rows
         As for :func:`nb_sum`.
     logits
         Log odds of a structural zero, (..., n, G).
@@ -175,13 +204,20 @@ def zinb_sum(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor, log_d
     -------
     (..., n), with gradients of first order by ``log_mu`` (or the scores), ``log_theta`` and ``logits``.
     """
-    return _sum(x, log_mu, log_depth, log_theta, logits)
+    return _sum(x, log_mu, log_depth, log_theta, rows, logits)
 
 
-def _sum(x: Tensor, scores: Tensor, log_depth: Tensor | None, log_theta: Tensor, logits: Tensor | None) -> Tensor:
+def _sum(
+    x: Tensor,
+    scores: Tensor,
+    log_depth: Tensor | None,
+    log_theta: Tensor,
+    rows: Tensor | None,
+    logits: Tensor | None,
+) -> Tensor:
     if log_depth is not None and x.dtype != torch.float32:  # only the loop over float32 takes a softmax along
         scores, log_depth = scores.log_softmax(-1) + log_depth, None
-    return _NegativeBinomial.apply(x, scores, log_depth, log_theta, logits)
+    return _NegativeBinomial.apply(x, scores, log_depth, log_theta, rows, logits)
 
 
 def drop(x: Tensor, n: int) -> Tensor:
