@@ -158,10 +158,10 @@ def held_out(adata, state):
     return adata[(adata.obs["type"] == "mid").to_numpy() & (adata.obs["treatment"] == state).to_numpy()].copy()
 
 
-def check_response(values, before, after, least):
+def check_response(values, before, after):
     """Predicted proportions (n, genes) of an unseen response: close to the true ones, and no copy of the controls."""
     predicted, wanted = values.mean(axis=0), after / after.sum()
-    assert np.corrcoef(predicted, wanted)[0, 1] ** 2 > least
+    assert np.corrcoef(predicted, wanted)[0, 1] ** 2 > 0.97
     change = np.log(predicted / (before / before.sum()))
     truth = np.log(wanted / (before / before.sum()))
     assert np.corrcoef(change, truth)[0, 1] > 0.95
@@ -173,7 +173,7 @@ def test_counterfactual_finds_a_planted_response_of_an_unseen_type():
     model = fitted(CVAE)
     controls = held_out(adata, "ctrl")
     treated = model.predict_counterfactual(controls, condition={"treatment": "stim"}).to_numpy()
-    check_response(treated, before, after, 0.95)  # 0.963 to 0.983 over seeds; 0.984 to 0.990 without the alignment
+    check_response(treated, before, after)
     drawn = model.posterior_predictive_sample(controls, condition={"treatment": "stim"})
     real = held_out(adata, "stim")
     assert r_squared_of_means(drawn, real.X) > 0.97 > r_squared_of_means(controls.X, real.X)
@@ -185,7 +185,7 @@ def test_arithmetic_finds_a_planted_response_of_an_unseen_type():
     states = {"condition_key": "treatment", "cell_type_key": "type"}
     controls = held_out(adata, "ctrl")
     treated = model.predict_perturbation("ctrl", "stim", adata=controls, **states).to_numpy()
-    check_response(treated, before, after, 0.97)
+    check_response(treated, before, after)
     shift = model.latent_delta("ctrl", "stim", **states)
     drawn = model.posterior_predictive_sample(controls, shift=shift)
     assert r_squared_of_means(drawn, held_out(adata, "stim").X) > 0.97

@@ -491,6 +491,35 @@ def test_the_classifier_stage_is_a_cross_entropy(classifier):
     torch.testing.assert_close(module.classify(batch, log=True).exp(), module.classify(batch))
 
 
+def test_labels_are_learned_by_x_alone():
+    """The classifier's loss at z = 0, as good as q(y|z,x) that forgot z; nothing of it moves the encoder."""
+    module, batch = a_gmvae(masking=0.0).eval(), a_batch(labels=LABELS["some"])
+    module.forget_z()
+    module.stage = "classifier"
+    with_z = module.elbo_terms(batch)["kl_y"]
+    module.stage = "labels"
+    terms = module.elbo_terms(batch)
+    torch.testing.assert_close(terms["kl_y"], with_z)
+    (terms["kl_y"].sum() + module.penalties(batch, 1.0)["consistency"]).backward()
+    assert {name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None} == {"y_body", "y_head"}
+    assert module.y_head.weight.grad[:, -3:].abs().max() == 0  # its weights on z stay where they are: at zero
+
+
+def test_given_classes_are_only_used():
+    """The stage has the terms of the mixture, no penalty on q(y|.), and leaves q(y|.) out of what it learns."""
+    module, batch = a_gmvae().eval(), a_batch(labels=LABELS["some"])
+    torch.manual_seed(1)
+    wanted = module.elbo_terms(batch)
+    module.stage = "given"
+    torch.manual_seed(1)
+    found = module.elbo_terms(batch)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert module.penalties(batch, 1.0) == {}
+    names = [name for name, _ in module.named_parameters()]
+    learned = {name for name in names if name.startswith(module.LEARNED["given"])}
+    assert set(names) - learned == {name for name in names if name.startswith(("y_body", "y_head"))}
+
+
 @pytest.mark.parametrize("classifier", ["zx", "z"])
 def test_the_head_decides_by_the_class_features(classifier):
     module, batch = a_gmvae(classifier=classifier).eval(), a_batch()

@@ -82,7 +82,7 @@ class GMVAE(
         classifier: Literal["zx", "z"] = "zx",
         consistency: float = 1.0,
         masking: float = 0.0,
-        alignment: float = 200.0,
+        alignment: float | None = None,
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_w: int = 10,

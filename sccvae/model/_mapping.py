@@ -45,9 +45,10 @@ class MappingMixin(TransferMixin):
 
         The new model is this one with weights for the query's new categories of ``batch_key`` and the categorical
         covariates. With ``freeze`` its ``train()`` moves these weights alone, in a few hundred steps; without new
-        categories there is nothing to train. Cells of the reference keep their latent coordinates bit for bit.
-        Nothing is written to ``adata``. Of the arguments of ``train``, ``max_epochs=None`` gives about 100 optimiser
-        steps here, and the defaults are ``lr=0.03`` (0.0001 if not frozen), ``kl_warmup=0`` and ``train_size=1`` (0.9).
+        categories there is nothing to train. Cells of the reference keep their latent coordinates, up to the rounding
+        of a float32. Nothing is written to ``adata``. Of the arguments of ``train``, ``max_epochs=None`` gives about
+        100 optimiser steps here, and the defaults are ``lr=0.03`` (0.0001 if not frozen), ``kl_warmup=0`` and
+        ``train_size=1`` (0.9).
 
         Parameters
         ----------

@@ -11,6 +11,11 @@ from sccvae.nn import batch_discrepancy
 #: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
 BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "depth_free": True}
 
+#: Default weight of the alignment for each feature, and the features from which on it grows no more. What a cell's ELBO
+#: tells against it grows with its features: at 200 a panel of 100 genes loses types, and a planted response of 30 genes
+#: is found worse (r 0.963 in place of 0.984).
+PER_FEATURE, MOST_FEATURES = 0.1, 2_000
+
 
 def likelihood_of(likelihood: str | dict | Likelihood | None, n_batch: int | None) -> Likelihood:
     """The likelihood asked for; None is the negative binomial, batchwise if the decoder knows a batch."""
@@ -29,9 +34,11 @@ class Alignment:
     Parameters
     ----------
     weight
-        In nats; 0 for none.
+        In nats; 0 for none, None for the default.
     n_batch
         Number of batches; None if the decoder does not know them: z must hold them then, and there is no penalty.
+    n_features
+        Number of features of x.
 
     Raises
     ------
@@ -39,7 +46,9 @@ class Alignment:
         If ``weight`` is negative.
     """
 
-    def __init__(self, weight: float, n_batch: int | None) -> None:
+    def __init__(self, weight: float | None, n_batch: int | None, n_features: int) -> None:
+        if weight is None:
+            weight = PER_FEATURE * min(n_features, MOST_FEATURES)
         if weight < 0:
             msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sccvae.module._base import GenerativeModule
-from sccvae.nn import ConditionedLinear, new_columns, widen
+from sccvae.nn import ConditionedLinear, frozen_statistics, new_columns, widen
 
 
 def _weights_on_c(module: GenerativeModule) -> list[str]:
@@ -99,20 +99,16 @@ def only_new(module: GenerativeModule, known: Sequence[int]) -> Iterator[None]:
     None. After it all weights can be trained again.
     """
     masks = new_weights(module, known)
-    norms = [layer for layer in module.modules() if hasattr(layer, "frozen")]
     hooks = []
     try:
-        for layer in norms:
-            layer.frozen = True
         for name, weight in module.named_parameters():
             weight.requires_grad_(name in masks)
             if name in masks:
                 hooks.append(weight.register_hook(lambda g, mask=masks[name]: torch.where(mask.to(g.device), g, 0.0)))
-        yield
+        with frozen_statistics(module):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
         for weight in module.parameters():
             weight.requires_grad_(True)
-        for layer in norms:
-            layer.frozen = False

@@ -70,7 +70,8 @@ class CVAE(LatentVariableModule):
         q(z|x,c) if true, else q(z|x).
     alignment
         Weight, in nats, of the penalty on the distance between the batches in z (:func:`sccvae.nn.batch_discrepancy`);
-        not with the learned prior. 0 for none: the loss is then the negative ELBO.
+        not with the learned prior. 0 for none: the loss is then the negative ELBO. None for a tenth of a nat for each
+        feature, 200 from 2,000 on.
     likelihood
         p(x|z,c) or its name. None for the negative binomial: with an offset and a dispersion for each gene and batch if
         the decoder knows a batch, else with a dispersion for each gene.
@@ -94,7 +95,7 @@ class CVAE(LatentVariableModule):
         prior: Literal["mixture", "fixed", "learned"] = "mixture",
         n_components: int = 20,
         encode_condition: bool = True,
-        alignment: float = 200.0,
+        alignment: float | None = None,
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,
@@ -143,7 +144,7 @@ class CVAE(LatentVariableModule):
         n_batch = self.conditions.n_categories[0] if n_categories and self.shared_prior else None
         self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
         self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support, n_features)
-        self.alignment = Alignment(alignment, n_batch)
+        self.alignment = Alignment(alignment, n_batch, n_features)
 
     def c(self, batch: Batch) -> Tensor:
         """The vector of conditions, (n, C)."""

@@ -89,6 +89,10 @@ class GMVAE(EvidenceModule):
         "mixture": ("",),
         "given": ("encoder", "w_", "z_", "decoder", "likelihood"),
     }
+    #: The consistency penalty: length of the small change, as a share of that of x, and which cells have it. Batches are
+    #: shuffled, and it needs three more passes: every second cell will do. True labels tell where the borders are, and
+    #: let it be shorter (Fashion-MNIST with 10 %, the classifier by itself: 0.881 in place of 0.875) and on every cell.
+    PENALTY: ClassVar = {"classifier": (RELATIVE_LENGTH, 2), "mixture": (RELATIVE_LENGTH, 2), "labels": (0.1, 1)}
     #: Smallest standard deviation of a component: none can shrink onto a single cell.
     MIN_SCALE = 0.05
     nets_of_c = ("w_net",)
@@ -106,7 +110,7 @@ class GMVAE(EvidenceModule):
         classifier: Literal["zx", "z"] = "zx",
         consistency: float = 1.0,
         masking: float = 0.0,
-        alignment: float = 200.0,
+        alignment: float | None = None,
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_w: int = 10,
@@ -138,7 +142,6 @@ class GMVAE(EvidenceModule):
             raise ValueError(msg)
         self.dirichlet, self.alpha = prior == "dirichlet", alpha
         self.classifier_sees_x, self.consistency = classifier == "zx", consistency
-        self.set_penalty()
         self.n_latent, self.n_w = n_latent, n_w
         self.stage: Literal["warmup", "classifier", "labels", "mixture", "given"] = "mixture"
         self.factors = self._factors(bool(n_cond))
@@ -155,7 +158,7 @@ class GMVAE(EvidenceModule):
         self.z_body = MLP(n_w, [n_hidden], norm=None)
         n_batch = self.conditions.n_categories[0] if n_categories and n_decoder_cond else None
         self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
-        self.alignment = Alignment(alignment, n_batch)
+        self.alignment = Alignment(alignment, n_batch, n_features)
         self.set_components(n_components)
 
     def _factors(self, conditional: bool) -> Factorization:
@@ -218,16 +221,9 @@ class GMVAE(EvidenceModule):
         )
         return self.y_body(x, self.c(batch))
 
-    def set_penalty(self, relative_length: float = RELATIVE_LENGTH, every: int = 2) -> None:
-        """Length of the small change in the consistency penalty, as a share of that of x; and which cells it is of.
-
-        Batches are shuffled, and the penalty needs three more passes: every second cell will do.
-        """
-        self._relative_length, self._every = relative_length, every
-
     @torch.no_grad()
     def forget_z(self) -> None:
-        """Let q(y|z,x) be q(y|x): its weights on z become zero."""
+        """Let q(y|z,x) be q(y|x): its weights on z become zero, and stay so at the stage ``"labels"``."""
         self.y_head.weight[:, -self.n_latent :] = 0
 
     def reset_classifier(self) -> None:
@@ -326,9 +322,10 @@ class GMVAE(EvidenceModule):
         Miyato et al. 2018, equation 6.
         """
         aligned = self.alignment.penalty(batch, late)
-        if self.stage in ("warmup", "given") or not self.consistency or not self.classifier_sees_x:
+        if self.stage not in self.PENALTY or not self.consistency or not self.classifier_sees_x:
             return aligned
-        every = self._every if len(batch.x) > self._every else 1  # batch norm needs two cells
+        length, every = self.PENALTY[self.stage]
+        every = every if len(batch.x) > every else 1  # batch norm needs two cells
         x = self.likelihood.encoder_input(batch.x, batch.library)[::every]
         c = self.c(batch)[::every]
 
@@ -336,6 +333,4 @@ class GMVAE(EvidenceModule):
             z = v.new_zeros(len(v), self.n_latent) if self.stage == "labels" else self.encoder(v, c).loc
             return self.log_q_y(v, z, c)
 
-        return aligned | {
-            "consistency": self.consistency * virtual_adversarial_penalty(log_q, x, self._relative_length)
-        }
+        return aligned | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x, length)}

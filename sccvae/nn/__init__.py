@@ -4,7 +4,7 @@ from sccvae.nn.adversarial import virtual_adversarial_penalty
 from sccvae.nn.alignment import batch_discrepancy
 from sccvae.nn.conditions import ConditionedLinear, Conditions, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
-from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes
+from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen_statistics
 
 __all__ = [
     "ACTIVATIONS",
@@ -17,6 +17,7 @@ __all__ = [
     "as_corruption",
     "batch_discrepancy",
     "check_sizes",
+    "frozen_statistics",
     "new_columns",
     "virtual_adversarial_penalty",
     "widen",

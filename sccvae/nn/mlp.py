@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -44,6 +45,29 @@ class _RowNorm(nn.Module):
         if self.frozen:
             return batch_norm(rows, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps).reshape(h.shape)
         return n(rows).reshape(h.shape)
+
+
+@contextmanager
+def frozen_statistics(net: nn.Module) -> Iterator[None]:
+    """Inside, every batch norm of ``net`` normalises with its running statistics, and leaves them as they are.
+
+    Parameters
+    ----------
+    net
+        A network of :class:`MLP`.
+
+    Yields
+    ------
+    None.
+    """
+    norms = [layer for layer in net.modules() if isinstance(layer, _RowNorm)]
+    try:
+        for layer in norms:
+            layer.frozen = True
+        yield
+    finally:
+        for layer in norms:
+            layer.frozen = False
 
 
 def _norm(kind: str | None, width: int) -> nn.Module:

@@ -17,6 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from sccvae.data import CellStore
 from sccvae.module.gmvae import GMVAE
+from sccvae.nn import frozen_statistics
 from sccvae.train.few_labels import FOLDS, classes_from_few, core, mean_recall
 from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import (
@@ -47,10 +48,9 @@ ROUND, GUIDED, FREE = 1 / 5, 1 / 2, 1 / 10
 #: From so many labels for each class on, a classifier is tried that learns from them alone; as a share of the warm-up
 #: the epochs that it gets if it finds held-back labels better than the guide does, and the most.
 MANY_LABELS, LABELLED, LABELLED_EPOCHS = 50, 1, 20
-#: Then the small change of the consistency penalty is half as long, as true labels tell where the borders are
-#: (Fashion-MNIST with 10 %, the classifier by itself: 0.881 in place of 0.875); every cell has it, and labelled cells
-#: are a larger share of an epoch (MNIST with 5 %: both together 0.984 in place of 0.978).
-LABELLED_PENALTY, LABELLED_SHARE = {"relative_length": 0.1, "every": 1}, 1 / 3
+#: Then labelled cells are a larger share of an epoch (MNIST with 5 %, with the penalty on every cell: 0.984 in place of
+#: 0.978).
+LABELLED_SHARE = 1 / 3
 #: Learning rate of the free phase as a share of that of the others. Left to itself, the mixture drifts to what is
 #: normal in z, and loses what the guide knew from x (MNIST: 0.975 to 0.970 with a tenth); this phase only settles.
 FREE_LR = 0.01
@@ -139,18 +139,16 @@ def fit_mixture(
     options |= {"batch_size": batch_size, "lr": lr, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
     cells = store.cells
-    again = {s: _more_often(train_rows, known[train_rows] >= 0, s) for s in (KNOWN_SHARE, LABELLED_SHARE)}
+    often = _more_often(train_rows, known, KNOWN_SHARE)
 
     def phase(
-        name: str, epochs: float, labels: np.ndarray | None, share: float = KNOWN_SHARE, **more: Any
+        name: str, epochs: float, labels: np.ndarray | None, again: np.ndarray = often, **more: Any
     ) -> TrainingResult:
         monitor = MixtureMonitor(store, some_rows(train_rows, MONITORED, seed))
-        if module.stage == "warmup":
-            return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, **more)
-        return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, monitor, again[share], **more)
+        return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, monitor, again, **more)
 
     with at_stage(module, "warmup"):
-        last = phase("warm-up", warm, None)
+        last = phases.run("warm-up", PHASES.index("warm-up"), CellStore(cells, None), warm)
     if last.interrupted:
         return MixtureResult(last, None)
     rows = some_rows(train_rows, MAX_CELLS, seed)
@@ -171,20 +169,20 @@ def fit_mixture(
     guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
 
     def classifier(labels: np.ndarray, epochs: float) -> TrainingResult:
+        """Let q(y|.) alone learn a guide."""
         with _drawn_with(seed):
             module.reset_classifier()
         with at_stage(module, "classifier"):
             return phase("guide", max(least, epochs), labels, **guided)
 
     def by_labels(labels: np.ndarray, epochs: float) -> TrainingResult:
+        """Let q(y|x) alone learn true labels, whatever z."""
         with _drawn_with(seed):
             module.reset_classifier()
-        module.set_penalty(**LABELLED_PENALTY)
-        with at_stage(module, "labels"):
-            done = phase("guide", max(least, epochs), labels, LABELLED_SHARE, **guided)
-        module.set_penalty()
         module.forget_z()
-        return done
+        again = _more_often(train_rows, labels, LABELLED_SHARE)
+        with at_stage(module, "labels"):
+            return phase("guide", max(least, epochs), labels, again, **guided)
 
     many = False  # whether the labels by themselves teach more than what is spread from them
     hidden = _held_back(train_rows, known, module) if guide is None else []
@@ -205,7 +203,7 @@ def fit_mixture(
         classes = over_cells(module, store, rows, lambda b: module.classify(b).argmax(1))
         labels = _on_cells(Guide(classes, module.n_components), rows, known)
         module.place(*_moments(z, labels[rows], module.n_components))
-        with at_stage(module, "given"):
+        with at_stage(module, "given"), frozen_statistics(module.y_body):
             last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), known, **guided)
         return MixtureResult(last, labels[train_rows])
     for _ in range(ROUNDS if guide is None else 0):
@@ -266,11 +264,11 @@ def _held_back(train_rows: np.ndarray, known: np.ndarray, module: GMVAE) -> np.n
     return np.sort(cells[np.argsort(known[cells], kind="stable")][::FOLDS])
 
 
-def _more_often(train_rows: np.ndarray, known: np.ndarray, share: float) -> np.ndarray:
-    """Rows with a true label, repeated so that they are this share of an epoch; none if they are so already."""
-    n = known.sum()
-    times = share / (1 - share) * (len(known) - n) / n if n else 1
-    return np.repeat(train_rows[known], int(np.clip(round(times), 1, KNOWN_TIMES)) - 1)
+def _more_often(train_rows: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
+    """Training rows with a label, repeated so that they are this share of an epoch; none if they are so already."""
+    rows = train_rows[labels[train_rows] >= 0]
+    times = share / (1 - share) * (len(train_rows) - len(rows)) / len(rows) if len(rows) else 1
+    return np.repeat(rows, int(np.clip(round(times), 1, KNOWN_TIMES)) - 1)
 
 
 def _on_cells(found: Guide, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
