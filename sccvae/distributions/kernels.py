@@ -33,9 +33,7 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def _flat(
-    x: Tensor, scores: Tensor, log_theta: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _flat(x: Tensor, scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The arguments without gradient: x (m, G), scores (n, G), log_theta (r, G), rows (m,) of it, all contiguous."""
     width = x.shape[-1]
     log_theta = log_theta.detach().reshape(-1, width)

@@ -90,8 +90,8 @@ class GMVAE(EvidenceModule):
         "given": ("encoder", "w_", "z_", "decoder", "likelihood"),
     }
     #: The consistency penalty: length of the small change, as a share of that of x, and which cells have it. Batches
-    #: are shuffled, and it needs three more passes: every second cell will do. True labels tell where the borders are, and
-    #: let it be shorter (Fashion-MNIST with 10 %, the classifier by itself: 0.881 in place of 0.875) and on every cell.
+    #: are shuffled, and it needs three more passes: every second cell will do. True labels tell where the borders
+    #: are, and let it be shorter (Fashion-MNIST with 10 %, the classifier alone: 0.881, not 0.875) and on every cell.
     PENALTY: ClassVar = {"classifier": (RELATIVE_LENGTH, 2), "mixture": (RELATIVE_LENGTH, 2), "labels": (0.1, 1)}
     #: Smallest standard deviation of a component: none can shrink onto a single cell.
     MIN_SCALE = 0.05
