@@ -151,7 +151,7 @@ def test_defaults_follow_the_plate():
     assert Module(6, [], 1).alignment.weight == Module(6, [2], prior="learned").alignment.weight == 0.0
     assert GMVAE(6, 3, [2]).likelihood.batchwise == ("log_theta", "offset")
     assert GMVAE(6, 3, [2], w_prior="learned").likelihood.batchwise == GMVAE(6, 3).likelihood.batchwise == ()
-    for n_features, weight in [(30, 3.0), (2_000, 200.0), (5_000, 200.0)]:  # a tenth of a nat for each, up to 2,000
+    for n_features, weight in [(30, 6.0), (1_000, 200.0), (5_000, 200.0)]:
         assert GMVAE(n_features, 3, [2]).alignment.weight == Module(n_features, [2]).alignment.weight == weight
     assert GMVAE(6, 3, [2], w_prior="learned").alignment.weight == GMVAE(6, 3).alignment.weight == 0.0
     with pytest.raises(ValueError, match="alignment=-1"):

@@ -70,8 +70,8 @@ class CVAE(LatentVariableModule):
         q(z|x,c) if true, else q(z|x).
     alignment
         Weight, in nats, of the penalty on the distance between the batches in z (:func:`sccvae.nn.batch_discrepancy`);
-        not with the learned prior. 0 for none: the loss is then the negative ELBO. None for a tenth of a nat for each
-        feature, 200 from 2,000 on.
+        not with the learned prior. 0 for none: the loss is then the negative ELBO. None for 0.2 for each feature,
+        200 from 1,000 on.
     likelihood
         p(x|z,c) or its name. None for the negative binomial: with an offset and a dispersion for each gene and batch if
         the decoder knows a batch, else with a dispersion for each gene.
