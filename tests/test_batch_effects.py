@@ -16,7 +16,7 @@ from sccvae.data import Cells, CellStore, batch_moments
 from sccvae.distributions import ZINB, NegativeBinomial, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
-from sccvae.module import GMVAE, Batch
+from sccvae.module import GMVAE, VAE, Batch, anchored
 from sccvae.nn import batch_discrepancy
 from sccvae.nn.alignment import LEAST, WIDTHS
 
@@ -249,6 +249,63 @@ def test_penalty_is_weighted_and_no_part_of_the_elbo(make):
     assert module.has_late_penalty
     module.eval()
     assert "alignment" not in module.loss(batch)[1]
+
+
+FIXED = [lambda: Module(6, [2], n_latent=2, n_hidden=4, prior="fixed", alignment=7.0)]
+
+
+@pytest.mark.parametrize("make", [*MAKERS, *FIXED], ids=["CVAE", "GMVAE", "fixed prior"])
+def test_anchored_batches_are_aligned_with_the_prior(make):
+    """A single batch has nothing to be aligned with, but for draws from p(z), which are a batch of their own."""
+    torch.manual_seed(6)
+    module, n = make(), 20
+    batch = Batch.of(torch.poisson(torch.full((n, 6), 3.0)), torch.ones(n, dtype=torch.int64))
+    assert module.loss(batch)[1]["alignment"] == 0
+    noted, drawn = [], module.draw_prior
+    module.draw_prior = lambda m: noted.append(drawn(m)) or noted[-1]
+    note = module.alignment.note
+    module.alignment.note = lambda z, kinds: noted.append((z, kinds)) or note(z, kinds)
+    with anchored(module):
+        found = module.loss(batch)[1]["alignment"]
+    (z, kinds), (z_p, kinds_p) = noted
+    assert z.shape == z_p.shape == (n, 2)
+    both = None if kinds is None else torch.cat([kinds.detach(), kinds_p])
+    side = torch.arange(2).repeat_interleave(n)
+    torch.testing.assert_close(found, 7.0 * batch_discrepancy(torch.cat([z, z_p]), side, 2, both))
+    assert module.loss(batch)[1]["alignment"] == 0  # and no longer
+
+
+def test_a_model_without_alignment_can_be_anchored():
+    module = VAE(6, n_latent=2, n_hidden=4)
+    with anchored(module):
+        assert set(module.loss(Batch.of(torch.ones(4, 6)))[1]) == {"reconstruction", "kl_z", "elbo", "loss"}
+
+
+@pytest.mark.parametrize("make", [*MAKERS, *FIXED], ids=["CVAE", "GMVAE", "fixed prior"])
+def test_draws_from_the_prior_have_its_moments(make):
+    """First and second moments, and the share of each kind, by the density on a grid."""
+    torch.manual_seed(7)
+    module, n = make(), 40_000
+    if isinstance(module, Module) and module.mixture is not None:
+        torch.nn.init.normal_(module.mixture.logits)
+    z, kinds = module.draw_prior(n)
+    axis = torch.linspace(-9, 9, 181)
+    grid = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        if isinstance(module, GMVAE):
+            w = torch.randn(400, 1, 2)  # p(z) = E p(z|w)
+            density = sum(module.log_p_z(grid, v).exp() for v in w) / len(w)
+        elif module.mixture is None:
+            density = (-(grid**2).sum(1) / 2).exp() / (2 * np.pi)
+        else:
+            density = module.mixture().log_prob(grid).exp()
+            share = module.mixture.logits.softmax(0)
+            torch.testing.assert_close(kinds.mean(0), share, atol=0.01, rtol=0)
+    density = density / density.sum()
+    for power in (1, 2):
+        torch.testing.assert_close((z**power).mean(0), density @ grid**power, atol=0.05, rtol=0.03)
+    if isinstance(module, GMVAE):
+        torch.testing.assert_close(kinds.mean(0), torch.full((3,), 1 / 3), atol=0.01, rtol=0)
 
 
 def test_mixture_prior_is_its_definition():

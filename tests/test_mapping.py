@@ -178,6 +178,8 @@ def test_a_planted_batch_is_mapped(planted_reference):
     query.train(accelerator="cpu", progress_bar=False)
     assert query.get_elbo() > before + 2
     assert gap() < far
+    assert (query.history["alignment_train"].to_numpy() != 0).all()  # with draws from p(z): there is one new batch
+    assert query.module.alignment.anchor is None
 
 
 # Missing genes

@@ -18,7 +18,7 @@ from sccvae.data import CellStore, MaskedStore, check_support, measured, read_me
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import TransferMixin
-from sccvae.module import grow, new_weights, only_new
+from sccvae.module import anchored, grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class MappingMixin(TransferMixin):
             max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
         options = defaults | options | {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
-        with only_new(self.module, known) if freeze else nullcontext():
+        with only_new(self.module, known) if freeze else nullcontext(), anchored(self.module):
             result = fit(self.module, store, rows, held_out, **options)
         super()._finish_training(result)
 

@@ -1,6 +1,7 @@
 """Generative models on bare tensors: one file is one plate diagram."""
 
 from sccvae.module._base import Batch, GenerativeModule, LatentVariableModule
+from sccvae.module._batches import anchored
 from sccvae.module._factorization import Factor, Factorization
 from sccvae.module._growing import grow, new_weights, only_new
 from sccvae.module.ae import AE
@@ -20,6 +21,7 @@ __all__ = [
     "Factorization",
     "GenerativeModule",
     "LatentVariableModule",
+    "anchored",
     "grow",
     "new_weights",
     "only_new",

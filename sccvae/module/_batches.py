@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 from sccvae.distributions import Likelihood, as_likelihood
-from sccvae.module._base import Batch
+from sccvae.module._base import Batch, GenerativeModule
 from sccvae.nn import batch_discrepancy
 
 #: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
@@ -40,6 +44,11 @@ class Alignment:
     n_features
         Number of features of x.
 
+    Attributes
+    ----------
+    anchor
+        Gives draws z (m, d) and the probabilities of their kinds, to align the batches with as well; None for none.
+
     Raises
     ------
     ValueError
@@ -53,6 +62,7 @@ class Alignment:
             msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
         self.weight, self.n_batch = weight if n_batch else 0.0, n_batch
+        self.anchor: Callable[[int], tuple[Tensor, Tensor | None]] | None = None
         self._noted: tuple[Tensor, Tensor | None] | None = None
 
     def note(self, z: Tensor, kinds: Tensor | None = None) -> None:
@@ -68,4 +78,34 @@ class Alignment:
         z, kinds = noted
         if late == 0:
             return {"alignment": z.new_zeros(())}
-        return {"alignment": late * self.weight * batch_discrepancy(z, batch.batch_index, self.n_batch, kinds)}
+        index, n_batch = batch.batch_index, self.n_batch
+        if self.anchor is not None:  # as many more, of a batch of their own
+            z_p, kinds_p = self.anchor(len(z))
+            z, index = torch.cat([z, z_p]), torch.cat([index, torch.full_like(index, n_batch)])
+            n_batch += 1
+            kinds = None if kinds is None else torch.cat([kinds, kinds_p])
+        return {"alignment": late * self.weight * batch_discrepancy(z, index, n_batch, kinds)}
+
+
+@contextmanager
+def anchored(module: GenerativeModule) -> Iterator[None]:
+    """Inside, batches are also aligned with draws from p(z): they stand for a reference that is not at hand.
+
+    Parameters
+    ----------
+    module
+        Any module; one without an alignment stays as it is.
+
+    Yields
+    ------
+    None.
+    """
+    alignment = getattr(module, "alignment", None)
+    if alignment is None:
+        yield
+        return
+    alignment.anchor = module.draw_prior
+    try:
+        yield
+    finally:
+        alignment.anchor = None

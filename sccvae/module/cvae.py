@@ -173,6 +173,14 @@ class CVAE(LatentVariableModule):
             self.alignment.note(z, None if self.mixture is None else self.mixture.responsibilities(z))
         return draws
 
+    @torch.no_grad()
+    def draw_prior(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """Draws from the prior that all conditions share, (n, d), and the responsibilities of its normals (n, K)."""
+        if self.mixture is None:
+            return torch.randn(n, self.encoder.loc.out_features, device=self.device), None
+        z = self.mixture().sample((n,))
+        return z, self.mixture.responsibilities(z)
+
     @property
     def has_late_penalty(self) -> bool:
         """Whether batches are aligned."""

@@ -311,6 +311,13 @@ class GMVAE(EvidenceModule):
         log_p = self.components(w).log_prob(z.unsqueeze(-2)).sum(-1)
         return log_p.logsumexp(-1) - math.log(self.n_components)
 
+    @torch.no_grad()
+    def draw_prior(self, n: int) -> tuple[Tensor, Tensor]:
+        """Draws of z from the mixture, (n, d), w from N(0, I), and their components, one-hot (n, K)."""
+        p_z = self.components(torch.randn(n, self.n_w, device=self.device))
+        y = torch.randint(self.n_components, (n,), device=self.device)
+        return p_z.sample()[torch.arange(n, device=self.device), y], one_hot(y, self.n_components).to(p_z.loc.dtype)
+
     @property
     def has_late_penalty(self) -> bool:
         """Whether batches are aligned."""
