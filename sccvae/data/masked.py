@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from torch import Tensor
@@ -28,7 +29,7 @@ def measured(adata: AnnData, schema: Schema) -> np.ndarray:
     -------
     (G,) bool, in the order of the model.
     """
-    return np.isin(schema.var_names.astype(str), adata.var_names.astype(str))
+    return pd.Index(schema.var_names.astype(str)).isin(adata.var_names.astype(str))  # np.isin takes half a second
 
 
 def read_measured(adata: AnnData, schema: Schema, present: np.ndarray) -> Cells:
