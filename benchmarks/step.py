@@ -20,7 +20,7 @@ import torch
 from benchmarks.results import write_section
 from sccvae.distributions import counts as families
 from sccvae.distributions import kernels
-from sccvae.module import GMVAE, VAE, Batch
+from sccvae.module import CVAE, GMVAE, VAE, Batch
 
 N_GENES, N_HIDDEN, N_LATENT, DENSITY = 2_000, 128, 10, 0.09
 WARM_UP = 5
@@ -128,6 +128,8 @@ def main() -> None:
         steps[f"VAE {name}"] = ours(VAE(N_GENES, likelihood=name, **width).to(device), batch)
         if not args.no_peer:
             steps[f"scVI {name}"] = theirs(name, x)
+    batches = Batch.of(x, torch.arange(len(x), device=device) % 4)
+    steps["CVAE, 4 batches"] = ours(CVAE(N_GENES, [4], **width).to(device), batches)
     steps["GMVAE nb, K = 20"] = ours(GMVAE(N_GENES, 20, likelihood="nb", **width).to(device), batch)
     table = measure(steps, args.repeats, device)
     median = table.set_index("step")["median (ms)"]

@@ -371,9 +371,9 @@ class NegativeBinomial(_CountLikelihood):
         if not self.settings["batch_offset"]:
             return self.scale_head(h)
         # A product with one-hot rows: its gradient is a product too, much faster than that of an index.
-        rows = h.reshape(-1, h.shape[-1])
-        own = one_hot(batch_index, len(self.offset)).to(h.dtype).repeat(len(rows) // len(batch_index), 1)
-        return torch.addmm(self.scale_head(rows), own, self.offset).reshape(*h.shape[:-1], -1)
+        own = one_hot(batch_index, len(self.offset)).to(h.dtype).expand(*h.shape[:-1], -1).reshape(-1, len(self.offset))
+        scores = torch.addmm(self.scale_head(h.reshape(-1, h.shape[-1])), own, self.offset)
+        return scores.reshape(*h.shape[:-1], scores.shape[-1])
 
     def _log_theta(self, h: Tensor, batch_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The log inverse dispersions and which row is whose, as an observation takes them."""
