@@ -15,6 +15,7 @@ import torch
 import torch.distributions as td
 from torch.func import functional_call
 
+from sccvae import _compiled
 from sccvae.distributions import (
     LIKELIHOODS,
     ZINB,
@@ -212,7 +213,7 @@ def reference_sum(built, h, size, batch, x):
 def path(request, monkeypatch):
     """Log masses of counts by the compiled loop, and by torch alone."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "_has_numba", lambda: False)
+        monkeypatch.setattr(kernels, "has_numba", lambda: False)
 
 
 @pytest.mark.usefixtures("path")
@@ -469,7 +470,7 @@ def test_kernels_over_the_whole_range(family, cells):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_with_their_softmax(dtype, inflated, rows, threads, monkeypatch):
     """Scores and depths in place of log means, against float64 autograd; the cells parted between threads."""
-    monkeypatch.setattr(kernels, "SHARE", 30)
+    monkeypatch.setattr(_compiled, "SHARE", 30)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     x, depth = torch.poisson(torch.full((7, 40), 0.5)), torch.logspace(2, 5, 7)[:, None]

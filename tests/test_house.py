@@ -23,8 +23,9 @@ LONGEST_FILE = 420
 
 # room: (rooms it may import, packages it may import beside the standard library). Late imports count as well.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
-    "distributions": (set(), {"numba", "numpy", "torch"}),
-    "nn": (set(), {"numpy", "torch"}),
+    "_compiled": (set(), {"numba", "torch"}),
+    "distributions": ({"_compiled"}, {"numpy", "torch"}),
+    "nn": ({"_compiled"}, {"numpy", "torch"}),
     "module": ({"distributions", "nn"}, {"numpy", "torch"}),
     "data": (
         set(),
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
 # What must not even be loaded by way of a third package when a room is imported.
 STAYS_UNLOADED = {
     "distributions": {"anndata", "lightning", "numba", "scanpy", "scvi"},
-    "nn": {"anndata", "lightning", "scanpy", "scvi"},
+    "nn": {"anndata", "lightning", "numba", "scanpy", "scvi"},
     "module": {"anndata", "lightning", "scanpy", "scvi"},
     "datasets": {"lightning", "scvi", "torch"},
     "metrics": {"lightning", "scvi", "torch"},

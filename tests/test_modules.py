@@ -59,7 +59,7 @@ def suited(module, **options):
 @pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_input_dropout(dtype, numba, monkeypatch):
-    monkeypatch.setattr(kernels, "_has_numba", lambda: numba)
+    monkeypatch.setattr(kernels, "has_numba", lambda: numba)
     torch.manual_seed(0)
     x, drop = torch.rand(999, 333, dtype=dtype) + 1, InputDropout(0.3)
     out = drop(x)

@@ -60,9 +60,13 @@ class Likelihood(nn.Module, ABC):
     ----------
     support
         ``"counts"`` (integers >= 0), ``"unit"`` (values in [0, 1]) or ``"real"``; the model checks the data against it.
+    zero_stays_zero
+        Whether :meth:`encoder_input` works value by value and leaves zero at zero: it may then be given those values
+        alone that are not zero, (nnz,), with the library size of the cell of each, (nnz,).
     """
 
     support: ClassVar[Literal["counts", "unit", "real"]]
+    zero_stays_zero: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

@@ -6,28 +6,15 @@ They are functions of a module, not of a function: only those does numba find ag
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import numba
 import numpy as np
+
+from sccvae._compiled import compiled
 
 #: Whole counts up to this one have their log-gamma and digamma differences by recurrence.
 SMALL = 20
 
 f = np.float32
-
-
-def compiled(**more: Any) -> Any:
-    """Decorate with numba's ``njit``, kept on disk where there is a folder for it."""
-    options = {"error_model": "numpy", "nogil": True, **more}
-
-    def decorate(function: Any) -> Any:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder that can be written to: compiled anew in each session
-            return numba.njit(**options)(function)
-
-    return decorate
 
 
 # Sums may be reordered, so that they become vector instructions; infinity and NaN stay what they are.
@@ -51,9 +38,8 @@ def exp_minus(v):
 
 
 @compiled(inline="always", **FAST)
-def log1p_unit(e):
-    """log(1 + e) for float32 e in [0, 1]: 2 artanh(e / (2 + e)) by its series."""
-    u = e / (f(2.0) + e)
+def twice_artanh(u):
+    """2 artanh(u) for float32 u in [0, 1/3]: half the log of (1 + u) / (1 - u), twice, by its series."""
     s = u * u
     p = f(1 / 15)
     for k in (13, 11, 9, 7, 5, 3):
@@ -61,30 +47,62 @@ def log1p_unit(e):
     return f(2.0) * u * (p * s + f(1.0))
 
 
+@compiled(inline="always", **FAST)
+def log1p_unit(e):
+    """log(1 + e) for float32 e in [0, 1]: 2 artanh(e / (2 + e)) by its series."""
+    return twice_artanh(e / (f(2.0) + e))
+
+
+@compiled(inline="always", **FAST)
+def log1p_ratio(r, log_r):
+    """log(1 + r) for float32 r >= 0 and its logarithm: 2 artanh(r / (2 + r)), or log(r) + log(1 + 1 / r)."""
+    small = r <= f(1.0)
+    u = (r if small else f(1.0)) / (f(2.0) + r if small else f(2.0) * r + f(1.0))
+    return twice_artanh(u) + (f(0.0) if small else log_r)
+
+
 @compiled(**FAST)
-def nb_zeros(x, log_mu, log_theta, theta, d_mu, d_theta):
-    """Derivatives of one cell as if all its counts were zero; the log mass, summed where they are. All (G,)."""
-    total = f(0.0)
-    for j in range(len(x)):
+def ratios_of_shares(share, depth, theta, ratio):
+    """Fill mu / theta, at most 1e30, with mu = share * depth. All (G,) but ``depth``."""
+    for j in range(len(share)):
+        r = share[j] * depth / theta[j]
+        ratio[j] = f(1e30) if r > f(1e30) else r
+
+
+@compiled(**FAST)
+def ratios_of_logs(log_mu, log_theta, ratio):
+    """Fill mu / theta, at most 1e30. All (G,)."""
+    for j in range(len(log_mu)):
         a = log_mu[j] - log_theta[j]
         e = exp_minus(abs(a))
-        plus = log1p_unit(e) + (f(0.0) if a <= 0 else a)  # log(1 + mu / theta)
-        zero = -theta[j] * plus
-        d_mu[j] = -theta[j] * ((e if a < 0 else f(1.0)) / (f(1.0) + e))
+        r = e if a < 0 else f(1.0) / e
+        ratio[j] = f(1e30) if r > f(1e30) else r
+
+
+@compiled(**FAST)
+def nb_zeros(x, log_mu, log_theta, theta, ratio, d_mu, d_theta):
+    """Derivatives of one cell as if all its counts were zero; the log mass, summed where they are. All (G,).
+
+    ``ratio`` is mu / theta.
+    """
+    total = f(0.0)
+    for j in range(len(x)):
+        r = ratio[j]
+        zero = -theta[j] * log1p_ratio(r, log_mu[j] - log_theta[j])
+        d_mu[j] = -theta[j] * (r / (f(1.0) + r))
         d_theta[j] = zero - d_mu[j]
         total += f(0.0) if x[j] > 0 else zero
     return total
 
 
 @compiled(**FAST)
-def zinb_zeros(x, log_mu, log_theta, theta, logits, d_mu, d_theta, d_logits):
+def zinb_zeros(x, log_mu, log_theta, theta, ratio, logits, d_mu, d_theta, d_logits):
     """As ``nb_zeros``; with log P(no structural zero) where the count is not zero."""
     total = f(0.0)
     for j in range(len(x)):
-        a, b = log_mu[j] - log_theta[j], logits[j]
-        e = exp_minus(abs(a))
-        nb_zero = -theta[j] * (log1p_unit(e) + (f(0.0) if a <= 0 else a))
-        by_mu = -theta[j] * ((e if a < 0 else f(1.0)) / (f(1.0) + e))
+        r, b = ratio[j], logits[j]
+        nb_zero = -theta[j] * log1p_ratio(r, log_mu[j] - log_theta[j])
+        by_mu = -theta[j] * (r / (f(1.0) + r))
         e = exp_minus(abs(b))
         tail = log1p_unit(e)
         structural, expressed = (f(0.0) if b >= 0 else b) - tail, (f(0.0) if b <= 0 else -b) - tail  # logs
@@ -214,10 +232,10 @@ def normalise(scores, top, log_depth, log_mu, share):
     for j in range(len(scores)):
         share[j] = exp_minus(top - scores[j])
         total += share[j]
-    shift = log_depth - top - np.log(total)
+    shift, part = log_depth - top - np.log(total), f(1.0) / total
     for j in range(len(scores)):
         log_mu[j] = scores[j] + shift
-        share[j] /= total
+        share[j] *= part
 
 
 @compiled(**FAST)
@@ -267,19 +285,22 @@ def cells(
     """Log mass in nats and its derivatives; float32 but ``theta_double``. Zero-inflated if ``logits`` is not empty."""
     n = x.shape[1]
     at, ratio, plus = np.empty(n, np.uint32), np.empty(n), np.empty(n)
-    log_mu, share = np.empty(n, np.float32), np.empty(n, np.float32)
+    log_mu, share, over = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     for i in range(start, stop):
         row = i % len(x)
         k = own[row]
+        u, t, by_mu, by_theta = log_theta[k], theta[k], d_scores[i], d_theta[i]
         if len(top):
-            normalise(scores[i], top[i], log_depth[i % len(log_depth)], log_mu, share)
+            depth = log_depth[i % len(log_depth)]
+            normalise(scores[i], top[i], depth, log_mu, share)
+            ratios_of_shares(share, np.exp(depth), t, over)
         else:
             log_mu[:] = scores[i]
-        u, t, by_mu, by_theta = log_theta[k], theta[k], d_scores[i], d_theta[i]
+            ratios_of_logs(log_mu, u, over)
         if len(logits):
-            total[i] = zinb_zeros(x[row], log_mu, u, t, logits[i], by_mu, by_theta, d_logits[i])
+            total[i] = zinb_zeros(x[row], log_mu, u, t, over, logits[i], by_mu, by_theta, d_logits[i])
         else:
-            total[i] = nb_zeros(x[row], log_mu, u, t, by_mu, by_theta)
+            total[i] = nb_zeros(x[row], log_mu, u, t, over, by_mu, by_theta)
         total[i] += nb_seen(x[row], log_mu, u, theta_double[k], by_mu, by_theta, at, ratio, plus)
         if len(top):
             to_scores(share, by_mu)

@@ -168,7 +168,8 @@ class CountObservation(Observation):
 
     def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
         """Proportion of each gene times ``library_size`` (a number or (n, 1)), (..., n, G)."""
-        scale = self.log_scale.exp()
+        made = self._scores is None or "log_scale" in vars(self)
+        scale = self.log_scale.exp() if made else torch.softmax(self._scores, -1)
         one = isinstance(library_size, Real) and library_size == 1
         return scale if one else scale * library_size
 
@@ -246,7 +247,7 @@ class ZINBObservation(NBObservation):
 class _CountLikelihood(Likelihood):
     """Heads shared by the count families: a softmax over genes."""
 
-    support = "counts"
+    support, zero_stays_zero = "counts", True
 
     def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         self.scale_head = nn.Linear(n_in, n_features)

@@ -9,11 +9,6 @@ numbers; it is used on other devices and where numba is missing. Dropping counts
 from __future__ import annotations
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,16 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from sccvae._compiled import has_numba, in_threads
+
 
 def applies(x: Tensor, *parameters: Tensor) -> bool:
     """Whether the kernels can be used: CPU tensors of one floating type, and numba there."""
     types = {t.dtype for t in (x, *parameters)}
-    return len(types) == 1 and all(t.device.type == "cpu" for t in (x, *parameters)) and _has_numba()
-
-
-@cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
+    return len(types) == 1 and all(t.device.type == "cpu" for t in (x, *parameters)) and has_numba()
 
 
 def _flat(x: Tensor, scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,31 +37,11 @@ def _flat(x: Tensor, scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> 
     return tuple(t.contiguous() for t in flat)
 
 
-#: Counts for which one more thread is worth its start.
-SHARE = 50_000
-
-
-@cache
-def _pool(process: int, n: int) -> ThreadPoolExecutor:
-    """Threads of a process: those of a parent are not there after a fork."""
-    del process
-    return ThreadPoolExecutor(n, "sccvae-loops")
-
-
 def _over_cells(n_cells: int, n_genes: int, *tensors: Tensor) -> None:
-    """Run the loop over all cells, parted between as many threads as torch may use; it holds no lock of Python's."""
+    """Run the loop over all cells."""
     from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
 
-    arrays = [t.numpy() for t in tensors]
-    n = max(1, min(torch.get_num_threads(), n_cells, n_cells * n_genes // SHARE))
-    ends = [n_cells * i // n for i in range(n + 1)]
-    if n == 1:
-        _loops.cells(*ends, *arrays)
-        return
-    others = [_pool(os.getpid(), n).submit(_loops.cells, *part, *arrays) for part in pairwise(ends[:-1])]
-    _loops.cells(*ends[-2:], *arrays)
-    for other in others:
-        other.result()
+    in_threads(_loops.cells, n_cells, n_cells * n_genes, *(t.numpy() for t in tensors))
 
 
 def _by_torch(

@@ -13,7 +13,7 @@ from sccvae.distributions import Likelihood, Observation
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
-from sccvae.module._input import InputDropout
+from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import MLP, Conditions, GaussianEncoder, check_sizes
 
 
@@ -152,7 +152,7 @@ class CVAE(LatentVariableModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x,c) or q(z|x)."""
-        x = self.input_dropout(self.likelihood.encoder_input(batch.x, batch.library))
+        x = self.input_dropout(encoder_input(self.likelihood, batch))
         return {"z": self.encoder(x, self.c(batch))}
 
     def prior(self, batch: Batch) -> dict[str, Distribution]:

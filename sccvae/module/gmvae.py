@@ -23,7 +23,8 @@ from sccvae.distributions import (
 from sccvae.module._base import Batch, EvidenceModule, standard_normal
 from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, Conditions, GaussianEncoder, Masking, check_sizes, virtual_adversarial_penalty
+from sccvae.module._input import encoder_input
+from sccvae.nn import MLP, Conditions, GaussianEncoder, Masking, SparseRows, check_sizes, virtual_adversarial_penalty
 from sccvae.nn.adversarial import RELATIVE_LENGTH
 
 
@@ -196,30 +197,26 @@ class GMVAE(EvidenceModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x,c) and q(w|x,c), from one network."""
-        h = self.encoder.body(self.masking(self.likelihood.encoder_input(batch.x, batch.library)), self.c(batch))
+        h = self.encoder.body(self.masking(encoder_input(self.likelihood, batch)), self.c(batch))
         loc, scale = self.w_head(h).chunk(2, -1)
         return {"z": self.encoder.head(h), "w": Normal(loc, softplus(scale) + GaussianEncoder.MIN_SCALE, False)}
 
-    def log_q_y(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
+    def log_q_y(self, x: Tensor | SparseRows, z: Tensor, c: Tensor) -> Tensor:
         """Log-probabilities of q(y|z,x,c) or q(y|z,c), (n, K), for encoder input x (n, G), z (n, d) and c (n, C)."""
         h = torch.cat([self.y_body(x, c), z], -1) if self.classifier_sees_x else self.y_body(z, c)
         return self.y_head(h).log_softmax(-1)
 
     def classify(self, batch: Batch, *, log: bool = False) -> Tensor:
         """Probability of each component at the mean of q(z|x,c), (n, K), or its logarithm."""
-        x, c = self.likelihood.encoder_input(batch.x, batch.library), self.c(batch)
-        z = x.new_zeros(len(x), self.n_latent) if self.stage == "labels" else self.inference(batch)["z"].loc
-        log_q = self.log_q_y(x, z, c)
+        unknown = batch.x.new_zeros(len(batch.x), self.n_latent)
+        z = unknown if self.stage == "labels" else self.inference(batch)["z"].loc
+        log_q = self.log_q_y(encoder_input(self.likelihood, batch), z, self.c(batch))
         return log_q if log else log_q.exp()
 
     def class_features(self, batch: Batch) -> Tensor:
         """What q(y|.) decides by: the last hidden layer of its network, (n, n_hidden)."""
-        x = (
-            self.likelihood.encoder_input(batch.x, batch.library)
-            if self.classifier_sees_x
-            else self.inference(batch)["z"].loc
-        )
-        return self.y_body(x, self.c(batch))
+        seen = encoder_input(self.likelihood, batch) if self.classifier_sees_x else self.inference(batch)["z"].loc
+        return self.y_body(seen, self.c(batch))
 
     @torch.no_grad()
     def forget_z(self) -> None:
@@ -273,7 +270,7 @@ class GMVAE(EvidenceModule):
             zero = z.new_zeros(len(z))
             kl_z = kl_normal(q["z"].loc, q["z"].scale, z.new_zeros(()), z.new_ones(()))
             return terms | {"kl_z": kl_z} | {f"kl_{v}": zero for v in ("w", "y", "d")[: 3 if self.dirichlet else 2]}
-        log_q = self.log_q_y(self.likelihood.encoder_input(batch.x, batch.library), z, self.c(batch))
+        log_q = self.log_q_y(encoder_input(self.likelihood, batch), z, self.c(batch))
         seen, y = self._seen(batch, log_q)
         if self.training:
             self.alignment.note(z, torch.where(seen, y, log_q.exp()))

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from sccvae.distributions import Likelihood, Observation, as_likelihood
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._factorization import Factorization
-from sccvae.module._input import InputDropout
+from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import MLP, GaussianEncoder
 
 
@@ -71,7 +71,7 @@ class VAE(LatentVariableModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x)."""
-        return {"z": self.encoder(self.input_dropout(self.likelihood.encoder_input(batch.x, batch.library)))}
+        return {"z": self.encoder(self.input_dropout(encoder_input(self.likelihood, batch)))}
 
     def prior(self, batch: Batch) -> dict[str, Normal]:
         """p(z) = N(0, I)."""

@@ -5,6 +5,7 @@ from sccvae.nn.alignment import batch_discrepancy
 from sccvae.nn.conditions import ConditionedLinear, Conditions, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen_statistics
+from sccvae.nn.sparse import SparseRows
 
 __all__ = [
     "ACTIVATIONS",
@@ -14,6 +15,7 @@ __all__ = [
     "GaussianEncoder",
     "GaussianNoise",
     "Masking",
+    "SparseRows",
     "as_corruption",
     "batch_discrepancy",
     "check_sizes",

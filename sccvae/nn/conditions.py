@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
 
+from sccvae.nn.sparse import SparseRows
+
 
 class Conditions(nn.Module):
     """The vector c of a cell: one-hot categories side by side, then standardised continuous covariates.
@@ -112,7 +114,7 @@ class ConditionedLinear(nn.Module):
         self.linear = nn.Linear(n_in, n_out)
         self.condition = nn.Linear(n_cond, n_out, bias=False) if n_cond else None
 
-    def forward(self, h: Tensor, c: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor | SparseRows, c: Tensor | None = None) -> Tensor:
         """Map h (..., n, n_in) and c (n, n_cond) to (..., n, n_out)."""
-        y = self.linear(h)
+        y = self.linear(h) if isinstance(h, Tensor) else h.linear(self.linear.weight, self.linear.bias)
         return y if self.condition is None else y + linear(c, self.condition.weight)

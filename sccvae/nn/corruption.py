@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sccvae.nn.sparse import SparseRows
+
 
 class GaussianNoise(nn.Module):
     """Add N(0, level) to each value while training; the identity in evaluation.
@@ -45,9 +47,14 @@ class Masking(nn.Module):
             raise ValueError(msg)
         self.level = level
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | SparseRows) -> Tensor | SparseRows:
         """Corrupt x, any shape."""
-        return x * (torch.rand_like(x) >= self.level) if self.training and self.level else x
+        if not (self.training and self.level):
+            return x
+        return self._masked(x) if isinstance(x, Tensor) else x.map(self._masked)
+
+    def _masked(self, values: Tensor) -> Tensor:
+        return values * (torch.rand_like(values) >= self.level)
 
 
 def as_corruption(noise: str | None, level: float) -> nn.Module:

@@ -12,6 +12,7 @@ from torch.distributions import Normal
 from torch.nn.functional import batch_norm, softplus
 
 from sccvae.nn.conditions import ConditionedLinear
+from sccvae.nn.sparse import SparseRows
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
@@ -162,8 +163,10 @@ class MLP(nn.Module):
             width = n
         self.n_out = width
 
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | SparseRows, c: Tensor | None = None) -> Tensor:
         """Map x (..., n, n_in) and conditions c (n, n_cond) to (..., n, n_out)."""
+        if isinstance(x, SparseRows) and (self.skip or not self.linears):
+            x = x.dense()
         h = x
         for i, (linear, after) in enumerate(zip(self.linears, self.afters, strict=True)):
             h = after(linear(torch.cat([h, x], dim=-1) if self.skip and i else h, c))
@@ -198,7 +201,7 @@ class GaussianEncoder(nn.Module):
         self.loc = nn.Linear(self.body.n_out, n_latent)
         self.scale = nn.Linear(self.body.n_out, n_latent)
 
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Normal:
+    def forward(self, x: Tensor | SparseRows, c: Tensor | None = None) -> Normal:
         """The normal for x (..., n, n_in) and c (n, n_cond): loc and scale (..., n, n_latent)."""
         return self.head(self.body(x, c))
 

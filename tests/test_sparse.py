@@ -1,0 +1,153 @@
+"""The first layer of an encoder over values that are not zero alone, against the dense product."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from sccvae import _compiled
+from sccvae.module import CVAE, GMVAE, VAE, Batch
+from sccvae.nn import MLP, SparseRows, sparse
+
+G = 300
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def counts(n=7, share=0.1, g=G):
+    return torch.poisson(torch.full((n, g), 3.0)) * (torch.rand(n, g) < share)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.15])
+@pytest.mark.parametrize(("n", "width"), [(1, 5), (7, 128)])
+def test_product_and_its_gradients(n, width, share, threads, monkeypatch):
+    monkeypatch.setattr(_compiled, "SHARE", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, weight, bias, g = counts(n, share), torch.randn(width, G), torch.randn(width), torch.randn(n, width)
+    slow = [t.double().requires_grad_() for t in (weight, bias)]
+    fast = [t.clone().requires_grad_() for t in (weight, bias)]
+    wanted, got = linear(x.double(), *slow), SparseRows.of(x).linear(*fast)
+    torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-5)
+    wanted.backward(g.double())
+    got.backward(g)
+    for a, b in zip(fast, slow, strict=True):
+        assert a.grad.shape == a.shape
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-4, rtol=1e-5)
+
+
+def test_they_are_the_values_that_are_not_zero():
+    x = counts()
+    x[3], x[4, 7], x[5, 8] = 0, math.nan, math.inf
+    x[0, -1], x[1, 0] = -2, 1
+    rows = SparseRows.of(x)
+    assert len(rows) == 7
+    torch.testing.assert_close(rows.dense(), x, equal_nan=True, rtol=0, atol=0)
+    assert rows.linear(torch.ones(2, G), torch.zeros(2)).isnan().any(1).tolist() == [i == 4 for i in range(7)]
+    every_second = SparseRows.of(counts(8)[::2])  # not contiguous
+    assert len(every_second) == 4
+
+
+def test_what_is_done_to_the_values_knows_their_row():
+    x, depth = counts(), torch.rand(7, 1) + 1
+    got = SparseRows.of(x).map(lambda v, d: v / d, depth).dense()
+    torch.testing.assert_close(got, x / depth)
+
+
+def test_values_are_dropped_at_random():
+    x = counts(200, 0.19, 1000) + torch.eye(200, 1000)
+    rows = SparseRows.of(x)
+    kept = rows.drop(77).dense()
+    where = kept != 0
+    torch.testing.assert_close(kept[where], x[where] * (256 / 179))
+    for part in (slice(None), slice(0, None, 7)):
+        rate = where[:, part].sum() / (x[:, part] != 0).sum()
+        assert abs(rate - 179 / 256) < 4 * math.sqrt(0.21 / float((x[:, part] != 0).sum()))
+    assert not torch.equal(rows.drop(77).dense(), kept)
+    assert torch.equal(rows.drop(0).dense(), x)
+    assert torch.equal(rows.dense(), x)  # it stays as it was
+    nothing = SparseRows.of(torch.zeros(3, G)).drop(77)
+    assert len(nothing.values) == 0
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        counts().double(),
+        counts(share=0.4),
+        counts(g=sparse.FEWEST_COLUMNS - 1),
+        counts().requires_grad_(),
+        counts()[None],
+        counts(0),
+    ],
+    ids=["float64", "dense", "few columns", "gradient by x", "three axes", "no cell"],
+)
+def test_where_the_dense_product_is_taken(x):
+    assert SparseRows.of(x) is None
+
+
+def test_without_numba_the_dense_product_is_taken(monkeypatch):
+    monkeypatch.setattr(sparse, "has_numba", lambda: False)
+    assert SparseRows.of(counts()) is None
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: VAE(G, input_dropout=0),
+        lambda: VAE(G, input_dropout=0, n_layers=3, skip=True, likelihood="poisson"),
+        lambda: VAE(G, input_dropout=0, n_layers=0, likelihood="zinb"),
+        lambda: CVAE(G, [2], input_dropout=0),
+        lambda: CVAE(G, [2], input_dropout=0, prior="learned", encode_condition=False),
+        lambda: GMVAE(G, 3, [2]),
+        lambda: GMVAE(G, 3, classifier="z"),
+    ],
+    ids=["vae", "vae-skip", "vae-linear", "cvae", "cvae-learned", "gmvae", "gmvae-z"],
+)
+def test_a_module_learns_the_same(module, monkeypatch):
+    """Loss and gradients by the sparse and by the dense product."""
+    module, x = module(), counts(20)
+    codes = torch.arange(20) % 2 if hasattr(module, "conditions") and module.conditions.width else None
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        module.zero_grad()
+        module.loss(Batch.of(x, codes))[0].backward()
+        found.append([p.grad for p in module.parameters() if p.grad is not None])
+        monkeypatch.setattr(SparseRows, "of", lambda _: None)
+    for by_sparse, by_dense in zip(*found, strict=True):
+        torch.testing.assert_close(by_sparse, by_dense, rtol=1e-3, atol=1e-3 * float(by_dense.abs().max()) + 1e-6)
+
+
+def test_a_mask_takes_values_away():
+    """GMVAE(masking=) on counts."""
+    module = GMVAE(G, 3, masking=1 - 1e-6).train()
+    hidden = module.inference(Batch.of(counts(20)))["z"].loc
+    torch.testing.assert_close(hidden, module.inference(Batch.of(torch.zeros(20, G)))["z"].loc)
+
+
+def test_a_likelihood_that_moves_zero_keeps_the_dense_input():
+    class Shifted(type(VAE(G).likelihood)):
+        zero_stays_zero = False
+
+        def encoder_input(self, x, library=None):
+            return super().encoder_input(x, library) - 0.5
+
+    module = VAE(G, input_dropout=0).eval()
+    module.likelihood = Shifted().build(128, G)
+    x = counts(20)
+    wanted = module.encoder(x.log1p() - 0.5).loc
+    torch.testing.assert_close(module.inference(Batch.of(x))["z"].loc, wanted)
+
+
+def test_a_network_without_layers_or_with_skips_takes_them():
+    x = counts()
+    for net in (MLP(G, []), MLP(G, [4, 5], skip=True), MLP(G, [4], n_cond=2)):
+        c = torch.rand(7, 2) if net.linears and net.linears[0].condition else None
+        torch.testing.assert_close(net.eval()(SparseRows.of(x), c), net(x, c))
