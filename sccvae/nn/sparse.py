@@ -117,4 +117,5 @@ class _Linear(torch.autograd.Function):
         by_weight = torch.empty(rows.n_columns, g.shape[1])
         given = starts, at, values.numpy(), g.contiguous().numpy(), np.zeros(g.shape[1], np.float32)
         in_threads(_loops.product, rows.n_columns, size * 8, *given, by_weight.numpy())
-        return None, by_weight.t(), g.sum(0)
+        # Contiguous: a gradient of the same weight from elsewhere may be added to it.
+        return None, by_weight.t().contiguous(), g.sum(0)
