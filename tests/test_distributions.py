@@ -491,6 +491,21 @@ def test_kernels_with_their_softmax(dtype, inflated, rows, threads, monkeypatch)
         close(a.grad, b.grad, absolute=1e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("factor", [1, 1e4, torch.logspace(2, 5, 7)[:, None]], ids=["one", "number", "of a cell"])
+def test_shares_are_a_softmax(factor, threads, monkeypatch):
+    monkeypatch.setattr(_compiled, "SHARE", 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    scores = 8 * torch.randn(2, 7, 40)
+    scores[0, 3, 5], scores[1, 4, 6] = math.nan, math.inf
+    given = scores.clone()
+    wanted = scores.double().softmax(-1) * factor
+    for got in (kernels.shares(scores, factor), kernels.shares(scores.clone().requires_grad_(), factor).detach()):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-12, equal_nan=True)
+    assert torch.equal(scores.nan_to_num(), given.nan_to_num())
+
+
 @pytest.mark.parametrize("parameter", [0, 1, 2])
 @pytest.mark.parametrize("count", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

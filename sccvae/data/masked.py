@@ -96,4 +96,5 @@ class MaskedStore(CellStore):
         if self.depth is not None:
             x = x * (tensors["library"] / self.depth)
         x[:, self.present] = tensors["x"]
+        tensors.pop("stored", None)  # of the measured features alone
         return tensors | {"x": x, "present": self.present.expand(len(rows), -1)}

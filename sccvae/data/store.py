@@ -12,6 +12,9 @@ from torch import Tensor, distributed
 
 from sccvae.data.read import Cells
 
+#: A matrix as CSR: row starts, columns, values.
+Stored = tuple[Tensor, Tensor, Tensor]
+
 #: Most values of x held dense at a time by a loader: 2^24 float32 are 64 MB.
 CHUNK_VALUES = 2**24
 
@@ -44,11 +47,16 @@ class CellStore:
         cells = Cells(self.cells.x[rows], self.cells.codes[rows], self.cells.covariates[rows], self.cells.library[rows])
         return CellStore(cells, None if self.labels is None else self.labels[rows])
 
-    def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Rows as tensors on the CPU: ``x`` (n, G) dense, ``codes``, ``covariates``, ``library``, any ``labels``."""
+    def gather(self, rows: np.ndarray) -> dict[str, Tensor | Stored]:
+        """Rows as tensors on the CPU: ``x`` (n, G) dense, ``codes``, ``covariates``, ``library``, any ``labels``.
+
+        Where x is sparse, ``stored`` has it as CSR beside: row starts (n + 1,) int64, columns and values (nnz,).
+        """
         x = self.cells.x[rows]
-        labels = {} if self.labels is None else {"labels": torch.from_numpy(self.labels[rows])}
-        return labels | {
+        more = {} if self.labels is None else {"labels": torch.from_numpy(self.labels[rows])}
+        if sparse.issparse(x):
+            more["stored"] = tuple(torch.from_numpy(a) for a in (x.indptr.astype(np.int64), x.indices, x.data))
+        return more | {
             "x": torch.from_numpy(x.toarray() if sparse.issparse(x) else x),
             "codes": torch.from_numpy(self.cells.codes[rows]),
             "covariates": torch.from_numpy(self.cells.covariates[rows]),
@@ -102,7 +110,7 @@ class ChunkLoader:
         """Number of chunks."""
         return -(-self.n_batches // self.per_chunk)
 
-    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Tensor | Stored]]]:
         rows = self.rows
         if self.shuffle:
             rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
@@ -115,7 +123,17 @@ class ChunkLoader:
             yield mini_batches(self.store.gather(np.concatenate(part)), [len(b) for b in part])
 
 
-def mini_batches(tensors: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
-    """Tensors (n, ...) cut into mini-batches of these sizes, which add up to n; views, no copies."""
-    split = {name: t.split(sizes) for name, t in tensors.items()}
+def mini_batches(tensors: dict[str, Tensor | Stored], sizes: list[int]) -> list[dict[str, Tensor | Stored]]:
+    """Tensors (n, ...) cut into mini-batches of these sizes, which add up to n; views of all that is large."""
+    split = {name: t.split(sizes) for name, t in tensors.items() if name != "stored"}
+    if "stored" in tensors:
+        split["stored"] = _cut(*tensors["stored"], sizes)
     return [{name: t[i] for name, t in split.items()} for i in range(len(sizes))]
+
+
+def _cut(starts: Tensor, columns: Tensor, values: Tensor, sizes: list[int]) -> list[Stored]:
+    """Rows of a CSR matrix cut into parts of these sizes."""
+    ends = np.cumsum(sizes)
+    parts = [starts[end - size : end + 1] for size, end in zip(sizes, ends, strict=True)]
+    at = [(int(part[0]), int(part[-1])) for part in parts]
+    return [(part - a, columns[a:b], values[a:b]) for part, (a, b) in zip(parts, at, strict=True)]

@@ -239,6 +239,19 @@ def normalise(scores, top, log_depth, log_mu, share):
 
 
 @compiled(**FAST)
+def shares(start, stop, scores, top, factor, out):
+    """Softmax of each row of scores (n, G), whose largest are ``top`` (n,), times ``factor`` (n,), into ``out``."""
+    for i in range(start, stop):
+        row, to, total = scores[i], out[i], f(0.0)
+        for j in range(len(row)):
+            to[j] = exp_minus(top[i] - row[j])
+            total += to[j]
+        part = factor[i] / total + f(0.0) * top[i]  # NaN stays NaN
+        for j in range(len(row)):
+            to[j] *= part
+
+
+@compiled(**FAST)
 def to_scores(share, derivative):
     """Turn the derivatives by the log means of one cell into those by its scores."""
     total = f(0.0)

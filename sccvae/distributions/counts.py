@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from numbers import Real
 from typing import Literal, Self
 
 import torch
@@ -168,10 +167,9 @@ class CountObservation(Observation):
 
     def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
         """Proportion of each gene times ``library_size`` (a number or (n, 1)), (..., n, G)."""
-        made = self._scores is None or "log_scale" in vars(self)
-        scale = self.log_scale.exp() if made else torch.softmax(self._scores, -1)
-        one = isinstance(library_size, Real) and library_size == 1
-        return scale if one else scale * library_size
+        if self._scores is None or "log_scale" in vars(self):
+            return self.log_scale.exp() * library_size
+        return kernels.shares(self._scores, library_size)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
@@ -372,8 +370,9 @@ class NegativeBinomial(_CountLikelihood):
         if not self.settings["batch_offset"]:
             return self.scale_head(h)
         # A product with one-hot rows: its gradient is a product too, much faster than that of an index.
-        own = one_hot(batch_index, len(self.offset)).to(h.dtype).expand(*h.shape[:-1], -1).reshape(-1, len(self.offset))
-        scores = torch.addmm(self.scale_head(h.reshape(-1, h.shape[-1])), own, self.offset)
+        scores = self.scale_head(h.reshape(-1, h.shape[-1]))
+        own = one_hot(batch_index, len(self.offset)).to(scores.dtype).expand(*h.shape[:-1], -1)
+        scores.addmm_(own.reshape(-1, len(self.offset)), self.offset.to(scores.dtype))
         return scores.reshape(*h.shape[:-1], scores.shape[-1])
 
     def _log_theta(self, h: Tensor, batch_index: Tensor | None) -> tuple[Tensor, Tensor | None]:

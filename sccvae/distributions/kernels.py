@@ -190,6 +190,32 @@ def _sum(
     return _NegativeBinomial.apply(x, scores, log_depth, log_theta, rows, logits)
 
 
+def shares(scores: Tensor, factor: Tensor | float) -> Tensor:
+    """Softmax of scores over the last axis, times a factor.
+
+    Parameters
+    ----------
+    scores
+        (..., n, G).
+    factor
+        A number, or (n, 1).
+
+    Returns
+    -------
+    (..., n, G); without a gradient, on the CPU, in a quarter of the time of :func:`torch.softmax`.
+    """
+    if scores.dtype != torch.float32 or not applies(scores) or scores.requires_grad:
+        return torch.softmax(scores, -1) * factor
+    from sccvae.distributions import _loops
+
+    flat = scores.reshape(-1, scores.shape[-1]).contiguous()
+    by_row = torch.as_tensor(factor, dtype=torch.float32).expand(*scores.shape[:-1], 1).reshape(-1)
+    out = torch.empty(flat.shape)
+    given = (t.numpy() for t in (flat, flat.amax(-1), by_row.contiguous(), out))
+    in_threads(_loops.shares, len(flat), flat.numel(), *given)
+    return out.reshape(scores.shape)
+
+
 def drop(x: Tensor, n: int) -> Tensor:
     """Set values to zero with probability n / 256, and multiply the others by 256 / (256 - n).
 

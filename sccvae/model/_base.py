@@ -37,7 +37,7 @@ from sccvae.train import TrainingResult, fit
 logger = logging.getLogger(__name__)
 
 #: Cells of a mini-batch when nothing is trained.
-INFERENCE_BATCH = 1024
+INFERENCE_BATCH = 512
 
 
 class BaseModel(SavingMixin, BaseModelClass, ABC):
@@ -341,7 +341,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         self.module.eval()
         for chunk in ChunkLoader(store, rows, batch_size or INFERENCE_BATCH):
             for tensors in chunk:
-                yield Batch(**{name: t.to(self.module.device) for name, t in tensors.items()})
+                yield Batch.on(self.module.device, tensors)
 
 
 @contextmanager

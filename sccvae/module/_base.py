@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from sccvae.distributions import Observation, kl_normal
+from sccvae.distributions import Likelihood, Observation, kl_normal
 from sccvae.module._factorization import Factorization
 from sccvae.nn import SparseRows
 
@@ -36,6 +36,8 @@ class Batch:
     present
         Which features were measured, (n, G) bool, each row the same: the others hold a stand-in for the encoder and do
         not count in p(x|...). None if all were.
+    stored
+        The same x as CSR on the CPU, if it came so: row starts (n + 1,) int64, columns (nnz,) int32, values (nnz,).
     """
 
     x: Tensor
@@ -44,6 +46,13 @@ class Batch:
     library: Tensor
     labels: Tensor | None = None
     present: Tensor | None = None
+    stored: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, tensors: dict) -> Batch:
+        """Make a batch of what a loader of cells gives, by name, on a device."""
+        moved = {name: t.to(device) for name, t in tensors.items() if name != "stored"}
+        return cls(**moved, stored=tensors.get("stored"))
 
     @classmethod
     def of(
@@ -57,7 +66,12 @@ class Batch:
     @cached_property
     def entries(self) -> SparseRows | None:
         """The values of x that are not zero, where that is a faster way to read it; else None."""
-        return SparseRows.of(self.x)
+        return SparseRows.of(self.x, self.stored)
+
+    def observed(self, likelihood: Likelihood) -> Batch:
+        """With x as the likelihood observes it, such as binarised."""
+        x = likelihood.observe(self.x)
+        return self if x is self.x else replace(self, x=x, stored=None)
 
     @property
     def batch_index(self) -> Tensor | None:
@@ -198,7 +212,7 @@ class LatentVariableModule(EvidenceModule, ABC):
 
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """``reconstruction`` and one ``kl_<variable>`` for each latent variable, each (n,) in nats."""
-        batch = replace(batch, x=self.likelihood.observe(batch.x))
+        batch = batch.observed(self.likelihood)
         q, p = self.inference(batch), self.prior(batch)
         draws = self.draw(q)
         reconstruction = -batch.log_prob(self.generative(draws, batch)).mean(0)  # (k, n) -> (n,)

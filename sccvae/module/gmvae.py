@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -255,7 +254,7 @@ class GMVAE(EvidenceModule):
 
         Where y is seen, ``kl_z`` is that of its component, and ``kl_y`` is -log q(y|.) - E[log d_y].
         """
-        batch = replace(batch, x=self.likelihood.observe(batch.x))
+        batch = batch.observed(self.likelihood)
         if self.stage in ("classifier", "labels"):
             log_q = self.classify(batch, log=True)
             seen, y = self._seen(batch, log_q)

@@ -29,7 +29,7 @@ class SparseRows:
     starts
         Row i has the values from starts[i] to starts[i + 1], (n + 1,) int64.
     columns
-        Column of each value, (nnz,) uint32, rising within a row.
+        Column of each value, (nnz,) uint32, each once in a row.
     values
         The values, (nnz,) float32 on the CPU, without gradient.
     n_columns
@@ -43,11 +43,19 @@ class SparseRows:
         return len(self.starts) - 1
 
     @classmethod
-    def of(cls, x: Tensor) -> Self | None:
-        """Those of x (n, G); None where its product is not faster this way, or a gradient by x is asked for."""
+    def of(cls, x: Tensor, stored: tuple[Tensor, Tensor, Tensor] | None = None) -> Self | None:
+        """Those of x (n, G); None where its product is not faster this way, or a gradient by x is asked for.
+
+        ``stored`` is the same matrix as CSR, if it is at hand: row starts (n + 1,) int64, columns and values (nnz,).
+        """
         suits = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 and not x.requires_grad
         if not suits or x.shape[1] < FEWEST_COLUMNS or not len(x) or not has_numba():
             return None
+        if stored is not None:
+            starts, columns, values = stored
+            if len(values) > DENSEST * x.numel():
+                return None
+            return cls(starts.numpy(), columns.numpy().astype(np.uint32, copy=False), values, x.shape[1])
         from sccvae.nn import _loops
 
         array, starts = x.contiguous().numpy(), np.empty(len(x) + 1, np.int64)
@@ -117,5 +125,4 @@ class _Linear(torch.autograd.Function):
         by_weight = torch.empty(rows.n_columns, g.shape[1])
         given = starts, at, values.numpy(), g.contiguous().numpy(), np.zeros(g.shape[1], np.float32)
         in_threads(_loops.product, rows.n_columns, size * 8, *given, by_weight.numpy())
-        # Contiguous: a gradient of the same weight from elsewhere may be added to it.
-        return None, by_weight.t().contiguous(), g.sum(0)
+        return None, by_weight.t(), g.sum(0)

@@ -38,7 +38,7 @@ def over_cells(
     """
     module.eval()
     found = [
-        look(Batch(**{name: t.to(module.device) for name, t in tensors.items() if name != "labels"}))
+        look(Batch.on(module.device, {name: t for name, t in tensors.items() if name != "labels"}))
         for chunk in ChunkLoader(store, rows, LOOK_BATCH)
         for tensors in chunk
     ]

@@ -73,6 +73,12 @@ class TrainingPlan(LightningModule):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
         return optimizer
 
+    def on_before_batch_transfer(self, batch: list[dict], _: int) -> list[dict]:
+        """What only the CPU can use stays there."""
+        if self.device.type == "cpu":
+            return batch
+        return [{name: t for name, t in tensors.items() if name != "stored"} for tensors in batch]
+
     def training_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """One optimiser step for each mini-batch of the chunk."""
         optimizer = self.optimizers()
