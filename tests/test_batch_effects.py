@@ -71,6 +71,18 @@ def test_discrepancy_keeps_its_digits_under_autocast():
     assert torch.equal(found, batch_discrepancy(z, batch, 3))
 
 
+@pytest.mark.parametrize("with_kinds", [False, True])
+def test_discrepancy_has_its_gradient(with_kinds):
+    torch.manual_seed(3)
+    z, batch = torch.randn(15, 3, dtype=torch.float64, requires_grad=True), torch.arange(15) % 3
+    kinds = torch.rand(15, 4, dtype=torch.float64).softmax(1) if with_kinds else None
+    assert torch.autograd.gradcheck(lambda v: batch_discrepancy(v, batch, 4, kinds), z)
+    (wanted,) = torch.autograd.grad(batch_discrepancy(z, batch, 4, kinds), z)
+    far = (z.detach().float() + 100).requires_grad_()
+    (got,) = torch.autograd.grad(batch_discrepancy(far, batch, 4, kinds), far)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_discrepancy_has_a_finite_gradient_at_equal_points():
     z = torch.zeros(6, 2, requires_grad=True)
     batch_discrepancy(z, torch.arange(6) % 2, 2).backward()

@@ -39,8 +39,9 @@ class Mixture(nn.Module):
         normals = Independent(Normal(self.loc, self.log_scale.exp(), validate_args=False), 1, validate_args=False)
         return MixtureSameFamily(Categorical(logits=self.logits, validate_args=False), normals, validate_args=False)
 
+    @torch.no_grad()
     def responsibilities(self, z: Tensor) -> Tensor:
-        """p(k|z) of each normal, (n, K), for z (n, d)."""
+        """p(k|z) of each normal, (n, K), for z (n, d); without gradient."""
         p = self()
         return (p.mixture_distribution.logits + p.component_distribution.log_prob(z[:, None])).softmax(-1)
 

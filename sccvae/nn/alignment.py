@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,30 +44,57 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
     ----------
     Gretton, Borgwardt, Rasch, Schoelkopf, Smola 2012, A kernel two-sample test, JMLR 13, lemma 6.
     """
-    n, z = len(z), z.to(torch.promote_types(z.dtype, torch.float32))
-    with torch.autocast(z.device.type, enabled=False):  # the three parts all but cancel
-        distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square() / z.shape[1]
-        kernel = sum(torch.exp(-distance / w) for w in WIDTHS) / len(WIDTHS)
-        kernel = kernel - torch.diag(kernel.diagonal())
-        own = torch.nn.functional.one_hot(batch, n_batch).to(z.dtype)  # (n, n_batch), as all below
-        rest = 1 - own
-        size, overlap = own.sum(0), 1.0
-        enough = (size > 1) & (n - size > 1)
-        if kinds is not None:
-            kinds = kinds.to(z.dtype)
-            a, b = (kinds.T @ side / side.sum(0).clamp(min=1) for side in (own, rest))  # (K, n_batch)
-            both = torch.minimum(a, b)
-            own, rest = (
-                side * (LEAST + (1 - LEAST) * (kinds @ (both / share.clamp(min=1e-6))))
-                for side, share in ((own, a), (rest, b))
-            )
-            overlap = LEAST + (1 - LEAST) * both.sum(0)
-        to_own, to_rest = kernel @ own, kernel @ rest
-        within = (own * to_own).sum(0) / _pairs(own) + (rest * to_rest).sum(0) / _pairs(rest)
-        between = (own * to_rest).sum(0) / (own.sum(0) * rest.sum(0)).clamp(min=1e-6)
-        return (enough * overlap * size / n * (within - 2 * between)).sum()
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    with torch.autocast(z.device.type, enabled=False):  # the parts all but cancel
+        weight = _weights(batch, n_batch, None if kinds is None else kinds.to(z.dtype), z.dtype)
+        return _SumOfKernels.apply(z, weight)
+
+
+@torch.no_grad()
+def _weights(batch: Tensor, n_batch: int, kinds: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Weight of k(z_i, z_j) in the discrepancy, (n, n): symmetric, its diagonal zero."""
+    n = len(batch)
+    own = torch.nn.functional.one_hot(batch, n_batch).to(dtype)  # (n, n_batch), as all below
+    rest = 1 - own
+    size, overlap = own.sum(0), 1.0
+    enough = (size > 1) & (n - size > 1)
+    if kinds is not None:
+        a, b = (kinds.T @ side / side.sum(0).clamp(min=1) for side in (own, rest))  # (K, n_batch)
+        both = torch.minimum(a, b)
+        own, rest = (
+            side * (LEAST + (1 - LEAST) * (kinds @ (both / share.clamp(min=1e-6))))
+            for side, share in ((own, a), (rest, b))
+        )
+        overlap = LEAST + (1 - LEAST) * both.sum(0)
+    each = enough * overlap * size / n  # (n_batch,)
+    within = (own * (each / _pairs(own))) @ own.T + (rest * (each / _pairs(rest))) @ rest.T
+    between = (own * (each / (own.sum(0) * rest.sum(0)).clamp(min=1e-6))) @ rest.T
+    return (within - between - between.T).fill_diagonal_(0)
 
 
 def _pairs(weight: Tensor) -> Tensor:
     """Sum of w_i w_j over pairs i != j, for weights (n, ...)."""
     return (weight.sum(0).square() - weight.square().sum(0)).clamp(min=1e-6)
+
+
+class _SumOfKernels(torch.autograd.Function):
+    """Sum of w_ij k(z_i, z_j) and, with it, its gradient by z: a tenth of the operations of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
+        z = z - z.mean(0)
+        distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square_() / z.shape[1]
+        total, slope = torch.zeros_like(distance), torch.zeros_like(distance)
+        for w in WIDTHS:
+            kernel = torch.exp(distance / -w)
+            total += kernel
+            slope -= kernel / w
+        by_distance = slope.mul_(weight)  # twice each: the weights are symmetric
+        gradient = z * by_distance.sum(1, keepdim=True) - by_distance @ z
+        ctx.save_for_backward(gradient * (4 / (z.shape[1] * len(WIDTHS))))
+        return (weight * total).sum() / len(WIDTHS)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.saved_tensors[0], None

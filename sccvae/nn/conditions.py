@@ -57,8 +57,10 @@ class Conditions(nn.Module):
         -------
         (n, width) floating.
         """
-        hot = [one_hot(codes[:, i], n).to(covariates.dtype) for i, n in enumerate(self.n_categories)]
-        return torch.cat([*hot, (covariates - self.center) / self.spread], dim=-1)
+        parts = [one_hot(codes[:, i], n).to(covariates.dtype) for i, n in enumerate(self.n_categories)]
+        if covariates.shape[1] or not parts:
+            parts.append((covariates - self.center) / self.spread)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def widen(weight: Tensor, known: Sequence[int], wanted: Sequence[int]) -> Tensor:
