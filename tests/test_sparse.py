@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix as sparse_matrix
 from torch.nn.functional import linear
 
 from sccvae import _compiled
+from sccvae.data import Cells, CellStore, ChunkLoader
 from sccvae.module import CVAE, GMVAE, VAE, Batch
 from sccvae.nn import MLP, SparseRows, sparse
 
@@ -151,3 +154,41 @@ def test_a_network_without_layers_or_with_skips_takes_them():
     for net in (MLP(G, []), MLP(G, [4, 5], skip=True), MLP(G, [4], n_cond=2)):
         c = torch.rand(7, 2) if net.linears and net.linears[0].condition else None
         torch.testing.assert_close(net.eval()(SparseRows.of(x), c), net(x, c))
+
+
+def test_stored_rows_of_a_loader_are_x():
+    """Chunks of several mini-batches, cells without a count among them; the same product from either."""
+    x = counts(90).numpy()
+    x[[0, 40, 89]] = 0
+    empty = np.zeros((90, 0), np.float32)
+    store = CellStore(Cells(sparse_matrix(x), empty.astype(np.int64), empty, np.ones((90, 1), np.float32)))
+    weight, bias = torch.randn(5, G), torch.randn(5)
+    n = 0
+    for chunk in ChunkLoader(store, np.arange(90), 32, shuffle=True):
+        for tensors in chunk:
+            batch = Batch.on(torch.device("cpu"), tensors)
+            torch.testing.assert_close(batch.entries.dense(), batch.x, rtol=0, atol=0)
+            wanted = SparseRows.of(batch.x).linear(weight, bias)
+            torch.testing.assert_close(batch.entries.linear(weight, bias), wanted)
+            assert SparseRows.of(batch.x.double(), batch.stored) is None
+            n += len(batch.x)
+    assert n == 90
+
+
+def test_a_weight_that_lies_by_columns_learns_the_same():
+    found = []
+    for by_columns in (True, False):
+        torch.manual_seed(0)
+        module = VAE(G)
+        linear_in = module.encoder.body.linears[0].linear
+        assert linear_in.weight.t().is_contiguous()
+        if not by_columns:
+            linear_in.weight = torch.nn.Parameter(linear_in.weight.detach().contiguous())
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            module.loss(Batch.of(counts(20)))[0].backward()
+            optimizer.step()
+        found.append(linear_in.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
