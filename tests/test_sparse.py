@@ -12,8 +12,11 @@ from torch.nn.functional import linear
 
 from sccvae import _compiled
 from sccvae.data import Cells, CellStore, ChunkLoader
+from sccvae.distributions import Bernoulli
 from sccvae.module import CVAE, GMVAE, VAE, Batch
 from sccvae.nn import MLP, SparseRows, sparse
+from sccvae.train import TrainingPlan
+from sccvae.train.schedules import Schedule
 
 G = 300
 
@@ -175,20 +178,20 @@ def test_stored_rows_of_a_loader_are_x():
     assert n == 90
 
 
-def test_a_weight_that_lies_by_columns_learns_the_same():
-    found = []
-    for by_columns in (True, False):
-        torch.manual_seed(0)
-        module = VAE(G)
-        linear_in = module.encoder.body.linears[0].linear
-        assert linear_in.weight.t().is_contiguous()
-        if not by_columns:
-            linear_in.weight = torch.nn.Parameter(linear_in.weight.detach().contiguous())
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
-        for seed in range(4):
-            torch.manual_seed(seed)
-            optimizer.zero_grad()
-            module.loss(Batch.of(counts(20)))[0].backward()
-            optimizer.step()
-        found.append(linear_in.weight.detach())
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+def test_stored_rows_stay_on_the_cpu():
+    """Before a chunk goes to another device; and a batch there reads its dense x."""
+    tensors = {"x": torch.ones(2, G), "codes": torch.zeros(2, 0), "covariates": torch.zeros(2, 0)}
+    tensors |= {"library": torch.ones(2, 1), "stored": (torch.zeros(3), torch.zeros(0), torch.zeros(0))}
+    plan = TrainingPlan(VAE(G), Schedule(10))
+    assert plan.on_before_batch_transfer([tensors], 0) == [tensors]
+    assert "stored" not in plan.to("meta").on_before_batch_transfer([tensors], 0)[0]
+    assert Batch.on(torch.device("meta"), tensors).entries is None
+
+
+def test_what_a_likelihood_makes_of_x_has_no_stored_rows():
+    batch = Batch.of(torch.rand(2, G))
+    batch.stored = (torch.zeros(3), torch.zeros(0), torch.zeros(0))
+    assert batch.observed(Bernoulli()) is batch
+    drawn = batch.observed(Bernoulli(resample=True))
+    assert drawn.stored is None
+    assert drawn.x.unique().tolist() == [0, 1]

@@ -38,7 +38,7 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
 
     Returns
     -------
-    A scalar with gradient.
+    A scalar with a gradient by z, of first order.
 
     References
     ----------
@@ -82,6 +82,7 @@ class _SumOfKernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
+        """The sum, a scalar, for z (n, d) and weights (n, n)."""
         z = z - z.mean(0)
         distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square_() / z.shape[1]
         total, slope = torch.zeros_like(distance), torch.zeros_like(distance)
@@ -97,4 +98,5 @@ class _SumOfKernels(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        """Gradient by z, (n, d)."""
         return g * ctx.saved_tensors[0], None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
 
-from sccvae.nn.sparse import FEWEST_COLUMNS, SparseRows
+from sccvae.nn.sparse import SparseRows
 
 
 class Conditions(nn.Module):
@@ -114,8 +114,6 @@ class ConditionedLinear(nn.Module):
     def __init__(self, n_in: int, n_out: int, n_cond: int = 0) -> None:
         super().__init__()
         self.linear = nn.Linear(n_in, n_out)
-        if n_in >= FEWEST_COLUMNS:  # it lies in memory by columns, as SparseRows reads it: nothing is turned in a step
-            self.linear.weight = nn.Parameter(self.linear.weight.detach().t().contiguous().t())
         self.condition = nn.Linear(n_cond, n_out, bias=False) if n_cond else None
 
     def forward(self, h: Tensor | SparseRows, c: Tensor | None = None) -> Tensor:

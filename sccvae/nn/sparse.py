@@ -106,6 +106,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: SparseRows, weight: Tensor, bias: Tensor) -> Tensor:
+        """The product, (n, H)."""
         from sccvae.nn import _loops
 
         ctx.rows = rows
@@ -117,6 +118,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor]:
+        """Gradients by weight (H, G) and bias (H,), for that of the product, (n, H)."""
         from sccvae.nn import _loops
 
         rows, size = ctx.rows, len(ctx.rows.values)
@@ -125,4 +127,5 @@ class _Linear(torch.autograd.Function):
         by_weight = torch.empty(rows.n_columns, g.shape[1])
         given = starts, at, values.numpy(), g.contiguous().numpy(), np.zeros(g.shape[1], np.float32)
         in_threads(_loops.product, rows.n_columns, size * 8, *given, by_weight.numpy())
-        return None, by_weight.t(), g.sum(0)
+        # Contiguous: a gradient of the same weight from elsewhere may be added to it.
+        return None, by_weight.t().contiguous(), g.sum(0)
