@@ -2,7 +2,8 @@
 
     python -m benchmarks.step [--device cuda] [--batch-size 1024] [--repeats 60] [--no-peer]
 
-Torch alone (and scVI for the peer): no data path, the mini-batch lies on the device. All are timed in turn, round after
+Torch alone (and scVI for the peer): no data path, the mini-batch lies on the device as the loader of each tool gives it
+(sparse rows here, dense for scVI). All are timed in turn, round after
 round; the smallest and the median of the rounds are shown. *Products* are the large matrix products of the network,
 forward and backward: what a step cannot do without. Ratios are those of medians.
 """
@@ -19,6 +20,7 @@ import pandas as pd
 import torch
 
 from benchmarks.results import write_section
+from sccvae._rows import few
 from sccvae.distributions import counts as families
 from sccvae.distributions import kernels
 from sccvae.module import CVAE, GMVAE, VAE, Batch
@@ -40,7 +42,7 @@ def ours(module: torch.nn.Module, batch: Batch) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
 
     def step() -> None:
-        loss, _ = module.loss(replace(batch))  # a new one: what it knows of its counts is found anew in each step
+        loss, _ = module.loss(replace(batch))  # a new one: nothing that it makes of x is kept for the next step
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -121,7 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     x = counts(args.batch_size).to(device)
-    batch = Batch.of(x)
+    sparse = few(x)
+    batch = replace(Batch.of(x), x=x if sparse is None else sparse)
     width = {"n_hidden": N_HIDDEN, "n_latent": N_LATENT}
     steps: dict[str, Callable[[], None]] = {"products": products(x)}
     for name in ("nb", "zinb"):
@@ -129,7 +132,7 @@ def main() -> None:
         steps[f"VAE {name}"] = ours(VAE(N_GENES, likelihood=name, **width).to(device), batch)
         if not args.no_peer:
             steps[f"scVI {name}"] = theirs(name, x)
-    batches = Batch.of(x, torch.arange(len(x), device=device) % 4)
+    batches = replace(batch, codes=torch.arange(len(x), device=device)[:, None] % 4)
     steps["CVAE, 4 batches"] = ours(CVAE(N_GENES, [4], **width).to(device), batches)
     steps["GMVAE nb, K = 20"] = ours(GMVAE(N_GENES, 20, likelihood="nb", **width).to(device), batch)
     table = measure(steps, args.repeats, device)

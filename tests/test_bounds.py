@@ -68,7 +68,7 @@ def test_sigma_vae_without_encoder_noise_is_the_ae():
         vae.encoder.scale.bias.fill_(-60.0)
     ae = AE(G, n_latent=2, n_hidden=5, norm=None).double().eval()
     ae.encoder.load_state_dict(vae.encoder.body.state_dict())
-    ae.latent.linear.load_state_dict(vae.encoder.loc.state_dict())
+    ae.latent.linear.load_state_dict({"weight": vae.encoder.loc.weight.T, "bias": vae.encoder.loc.bias})
     ae.decoder.load_state_dict(vae.decoder.state_dict())
     ae.likelihood.mean_head.load_state_dict(vae.likelihood.mean_head.state_dict())
     batch = a_batch()

@@ -24,11 +24,13 @@ LONGEST_FILE = 420
 # room: (rooms it may import, packages it may import beside the standard library). Late imports count as well.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_compiled": (set(), {"numba", "torch"}),
-    "distributions": ({"_compiled"}, {"numpy", "torch"}),
-    "nn": ({"_compiled"}, {"numpy", "torch"}),
-    "module": ({"distributions", "nn"}, {"numpy", "torch"}),
+    "_rows": ({"_compiled", "_rows_loops"}, {"numpy", "torch"}),
+    "_rows_loops": ({"_compiled"}, {"numpy"}),
+    "distributions": ({"_compiled", "_rows"}, {"numpy", "torch"}),
+    "nn": ({"_rows"}, {"numpy", "torch"}),
+    "module": ({"_rows", "distributions", "nn"}, {"numpy", "torch"}),
     "data": (
-        set(),
+        {"_rows"},
         {"anndata", "h5py", "numpy", "pandas", "psutil", "rich", "scdataset", "scipy", "scvi", "torch", "tqdm", "zarr"},
     ),
     "datasets": (set(), {"anndata", "numpy", "pandas", "pooch", "scanpy", "scipy", "sklearn", "tqdm"}),

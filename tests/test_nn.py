@@ -27,7 +27,7 @@ def test_conditioned_linear_is_a_linear_layer_on_the_concatenation():
     layer = ConditionedLinear(4, 3, 2)
     joint = nn.Linear(6, 3)
     with torch.no_grad():
-        joint.weight.copy_(torch.cat([layer.linear.weight, layer.condition.weight], dim=1))
+        joint.weight.copy_(torch.cat([layer.linear.weight.T, layer.condition.weight], dim=1))
         joint.bias.copy_(layer.linear.bias)
     h, c = torch.randn(7, 4), torch.randn(7, 2)
     torch.testing.assert_close(layer(h, c), joint(torch.cat([h, c], dim=1)))
@@ -65,7 +65,7 @@ def test_mlp_without_layers_cannot_take_conditions():
 
 def test_skip_connections_give_the_input_to_every_later_layer():
     mlp = MLP(4, [5, 6, 3], n_cond=2, norm=None, skip=True, activation="identity")
-    assert [layer.linear.in_features for layer in mlp.linears] == [4, 5 + 4, 6 + 4]
+    assert [len(layer.linear.weight) for layer in mlp.linears] == [4, 5 + 4, 6 + 4]
     assert [layer.condition.in_features for layer in mlp.linears] == [2, 2, 2]
     x, c = torch.randn(6, 4), torch.randn(6, 2)
     a, b, d = mlp.linears

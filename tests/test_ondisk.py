@@ -17,6 +17,7 @@ from scipy import sparse
 from torch import distributed
 
 from sccvae import tl
+from sccvae._rows import dense
 from sccvae.data import (
     BlockLoader,
     CellStore,
@@ -201,7 +202,7 @@ def test_every_cell_comes_once_in_each_epoch(n, batch_size, tmp_path, small_bloc
         assert 1 < min(map(len, order)) <= max(map(len, order)) <= batch_size
         np.testing.assert_array_equal(np.sort(np.concatenate(order)), rows)
         for at, batch in zip(order, batches, strict=True):
-            np.testing.assert_array_equal(batch["x"], adata.X[at].toarray())
+            np.testing.assert_array_equal(dense(batch["x"]), adata.X[at].toarray())
             np.testing.assert_array_equal(batch["labels"], at)
             np.testing.assert_array_equal(batch["library"], adata.X[at].sum(1))
         assert len([*loader]) == len(loader)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix as sparse_matrix
-from torch.nn.functional import linear
 
-from sccvae import _compiled
+from sccvae import _compiled, _rows
+from sccvae._rows import few
 from sccvae.data import Cells, CellStore, ChunkLoader
-from sccvae.distributions import Bernoulli
+from sccvae.distributions import Bernoulli, kernels
 from sccvae.module import CVAE, GMVAE, VAE, Batch
-from sccvae.nn import MLP, SparseRows, sparse
-from sccvae.train import TrainingPlan
-from sccvae.train.schedules import Schedule
+from sccvae.module import _base as module_base
+from sccvae.nn import MLP, SparseRows
 
 G = 300
 
@@ -36,10 +36,10 @@ def counts(n=7, share=0.1, g=G):
 def test_product_and_its_gradients(n, width, share, threads, monkeypatch):
     monkeypatch.setattr(_compiled, "SHARE", 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    x, weight, bias, g = counts(n, share), torch.randn(width, G), torch.randn(width), torch.randn(n, width)
+    x, weight, bias, g = counts(n, share), torch.randn(G, width), torch.randn(width), torch.randn(n, width)
     slow = [t.double().requires_grad_() for t in (weight, bias)]
     fast = [t.clone().requires_grad_() for t in (weight, bias)]
-    wanted, got = linear(x.double(), *slow), SparseRows.of(x).linear(*fast)
+    wanted, got = torch.addmm(slow[1], x.double(), slow[0]), SparseRows.of(x).linear(*fast)
     torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-5)
     wanted.backward(g.double())
     got.backward(g)
@@ -55,7 +55,7 @@ def test_they_are_the_values_that_are_not_zero():
     rows = SparseRows.of(x)
     assert len(rows) == 7
     torch.testing.assert_close(rows.dense(), x, equal_nan=True, rtol=0, atol=0)
-    assert rows.linear(torch.ones(2, G), torch.zeros(2)).isnan().any(1).tolist() == [i == 4 for i in range(7)]
+    assert rows.linear(torch.ones(G, 2), torch.zeros(2)).isnan().any(1).tolist() == [i == 4 for i in range(7)]
     every_second = SparseRows.of(counts(8)[::2])  # not contiguous
     assert len(every_second) == 4
 
@@ -87,7 +87,7 @@ def test_values_are_dropped_at_random():
     [
         counts().double(),
         counts(share=0.4),
-        counts(g=sparse.FEWEST_COLUMNS - 1),
+        counts(g=_rows.FEWEST_COLUMNS - 1),
         counts().requires_grad_(),
         counts()[None],
         counts(0),
@@ -95,12 +95,15 @@ def test_values_are_dropped_at_random():
     ids=["float64", "dense", "few columns", "gradient by x", "three axes", "no cell"],
 )
 def test_where_the_dense_product_is_taken(x):
-    assert SparseRows.of(x) is None
+    assert few(x) is None
+    if x.dim() == 2 and len(x):
+        assert few(SparseRows.of(x)) is None or x.requires_grad
 
 
 def test_without_numba_the_dense_product_is_taken(monkeypatch):
-    monkeypatch.setattr(sparse, "has_numba", lambda: False)
-    assert SparseRows.of(counts()) is None
+    assert few(counts()) is not None
+    monkeypatch.setattr(_rows, "has_numba", lambda: False)
+    assert few(counts()) is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_a_module_learns_the_same(module, monkeypatch):
         module.zero_grad()
         module.loss(Batch.of(x, codes))[0].backward()
         found.append([p.grad for p in module.parameters() if p.grad is not None])
-        monkeypatch.setattr(SparseRows, "of", lambda *_: None)
+        monkeypatch.setattr(module_base, "few", lambda _: None)
     for by_sparse, by_dense in zip(*found, strict=True):
         torch.testing.assert_close(by_sparse, by_dense, rtol=1e-3, atol=1e-3 * float(by_dense.abs().max()) + 1e-6)
 
@@ -159,39 +162,81 @@ def test_a_network_without_layers_or_with_skips_takes_them():
         torch.testing.assert_close(net.eval()(SparseRows.of(x), c), net(x, c))
 
 
-def test_stored_rows_of_a_loader_are_x():
-    """Chunks of several mini-batches, cells without a count among them; the same product from either."""
-    x = counts(90).numpy()
+def test_rows_of_a_loader():
+    """Chunks of several mini-batches, cells without a count among them; the same product as that of a dense x."""
+    x = counts(90)
     x[[0, 40, 89]] = 0
     empty = np.zeros((90, 0), np.float32)
-    store = CellStore(Cells(sparse_matrix(x), empty.astype(np.int64), empty, np.ones((90, 1), np.float32)))
-    weight, bias = torch.randn(5, G), torch.randn(5)
-    n = 0
-    for chunk in ChunkLoader(store, np.arange(90), 32, shuffle=True):
-        for tensors in chunk:
-            batch = Batch.on(torch.device("cpu"), tensors)
-            torch.testing.assert_close(batch.entries.dense(), batch.x, rtol=0, atol=0)
-            wanted = SparseRows.of(batch.x).linear(weight, bias)
-            torch.testing.assert_close(batch.entries.linear(weight, bias), wanted)
-            assert SparseRows.of(batch.x.double(), batch.stored) is None
-            n += len(batch.x)
+    more = empty.astype(np.int64), empty, np.ones((90, 1), np.float32)
+    stores = [CellStore(Cells(values, *more)) for values in (x.numpy(), sparse_matrix(x.numpy()))]
+    weight, bias, n = torch.randn(G, 5), torch.randn(5), 0
+    loaders = [ChunkLoader(store, np.arange(90), 32, shuffle=True) for store in stores]
+    for chunks in zip(*loaders, strict=True):
+        for both in zip(*chunks, strict=True):
+            dense, rows = (Batch.on(torch.device("cpu"), tensors) for tensors in both)
+            assert rows.entries is rows.x
+            assert torch.equal(rows.dense, dense.x)
+            assert torch.equal(rows.entries.linear(weight, bias), dense.entries.linear(weight, bias))
+            n += len(rows)
     assert n == 90
 
 
-def test_stored_rows_stay_on_the_cpu():
-    """Before a chunk goes to another device; and a batch there reads its dense x."""
-    tensors = {"x": torch.ones(2, G), "codes": torch.zeros(2, 0), "covariates": torch.zeros(2, 0)}
-    tensors |= {"library": torch.ones(2, 1), "stored": (torch.zeros(3), torch.zeros(0), torch.zeros(0))}
-    plan = TrainingPlan(VAE(G), Schedule(10))
-    assert plan.on_before_batch_transfer([tensors], 0) == [tensors]
-    assert "stored" not in plan.to("meta").on_before_batch_transfer([tensors], 0)[0]
-    assert Batch.on(torch.device("meta"), tensors).entries is None
+def test_some_of_the_rows():
+    x = counts(11)
+    x[3] = 0
+    rows = SparseRows.of(x)
+    for part in (slice(None, None, 2), slice(None, None, 1), slice(0, 0), slice(3, 4)):
+        assert torch.equal(rows[part].dense(), x[part])
+    for sizes in ([11], [4, 4, 3], [3, 1, 7]):
+        assert all(torch.equal(a.dense(), b) for a, b in zip(rows.split(sizes), x.split(sizes), strict=True))
+    assert rows.shape == x.shape
+    assert rows.dense() is rows.dense()
+    batch = Batch(rows, *(torch.rand(11, 1) for _ in range(3)), labels=torch.arange(11))
+    half = batch.every(2)
+    assert torch.equal(half.dense, x[::2])
+    assert half.labels.tolist() == [0, 2, 4, 6, 8, 10]
+    assert half.present is None
 
 
-def test_what_a_likelihood_makes_of_x_has_no_stored_rows():
+def test_rows_without_numba_and_on_another_device(monkeypatch):
+    x = counts().double()
+    rows = SparseRows.of(x)
+    monkeypatch.setattr(_rows, "has_numba", lambda: False)
+    assert torch.equal(rows.dense(), x)
+    there = rows.to("meta")
+    assert {there.device, there.dense().device} == {torch.device("meta")}
+    assert _rows.few(there) is None
+    assert rows.to("cpu") is rows
+
+
+def test_a_resampled_observation_is_dense():
     batch = Batch.of(torch.rand(2, G))
-    batch.stored = (torch.zeros(3), torch.zeros(0), torch.zeros(0))
     assert batch.observed(Bernoulli()) is batch
-    drawn = batch.observed(Bernoulli(resample=True))
-    assert drawn.stored is None
-    assert drawn.x.unique().tolist() == [0, 1]
+    resampled = Bernoulli(resample=True)
+    for x in (batch.x, SparseRows.of(batch.x)):
+        drawn = replace(batch, x=x).observed(resampled)
+        assert drawn.x.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "normal"])
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_likelihood_of_rows(likelihood, numba, monkeypatch):
+    """Rows with zeros among their values, as files may hold them, against a dense x: the same ELBO and gradients."""
+    x = counts(20)
+    stored = SparseRows.of(x + (torch.rand(20, G) < 0.05))
+    at = torch.arange(20).repeat_interleave(stored.starts.diff())
+    stored = SparseRows(stored.starts, stored.columns, x[at, stored.columns.long()], G)
+    assert (stored.values == 0).any()
+    module = VAE(G, input_dropout=0, likelihood=likelihood)
+    if not numba:
+        for place in (_rows, kernels):
+            monkeypatch.setattr(place, "has_numba", lambda: False)
+    found = []
+    for given in (x, stored):
+        torch.manual_seed(1)
+        module.zero_grad()
+        loss, _ = module.loss(replace(Batch.of(x), x=given))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in module.parameters())])
+    for by_rows, by_dense in zip(*found, strict=True):
+        torch.testing.assert_close(by_rows, by_dense, rtol=1e-4, atol=1e-5)

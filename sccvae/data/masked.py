@@ -10,6 +10,7 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
+from sccvae._rows import dense
 from sccvae.data.fields import Schema
 from sccvae.data.read import Cells, read_cells
 from sccvae.data.store import CellStore
@@ -95,6 +96,5 @@ class MaskedStore(CellStore):
         x = self.stand_in.repeat(len(rows), 1)
         if self.depth is not None:
             x = x * (tensors["library"] / self.depth)
-        x[:, self.present] = tensors["x"]
-        tensors.pop("stored", None)  # of the measured features alone
+        x[:, self.present] = dense(tensors["x"])
         return tensors | {"x": x, "present": self.present.expand(len(rows), -1)}

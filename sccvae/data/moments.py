@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sccvae._rows import dense
 from sccvae.data.store import CellStore
 
 #: Cells that the moments are taken of, evenly spaced over all: enough for a start.
@@ -34,7 +35,8 @@ def batch_moments(store: CellStore, n_batch: int) -> tuple[np.ndarray, np.ndarra
     l1, l2 = np.zeros((n_batch, 1)), np.zeros((n_batch, 1))
     for part in np.array_split(rows, max(1, len(rows) // 1024)):
         cells = store.gather(part)
-        x, size = cells["x"].numpy().astype(np.float64), cells["library"].numpy().astype(np.float64)
+        x = dense(cells["x"]).numpy().astype(np.float64)
+        size = cells["library"].numpy().astype(np.float64)
         member = (cells["codes"][:, :1].numpy() == np.arange(n_batch)).astype(np.float64).T  # (n_batch, n)
         x1, x2, lx = x1 + member @ x, x2 + member @ x**2, lx + member @ (size * x)
         l1, l2 = l1 + member @ size, l2 + member @ size**2

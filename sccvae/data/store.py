@@ -10,17 +10,15 @@ import torch
 from scipy import sparse
 from torch import Tensor, distributed
 
+from sccvae._rows import SparseRows
 from sccvae.data.read import Cells
 
-#: A matrix as CSR: row starts, columns, values.
-Stored = tuple[Tensor, Tensor, Tensor]
-
-#: Most values of x held dense at a time by a loader: 2^24 float32 are 64 MB.
+#: Most values of x, zeros among them, held by a loader at a time: 2^24 float32 are 64 MB where x is dense.
 CHUNK_VALUES = 2**24
 
 
 class CellStore:
-    """Cells that hand out any rows as dense tensors; sparse data stay sparse until then.
+    """Cells that hand out any rows as tensors; sparse data as :class:`~sccvae.nn.SparseRows`.
 
     Parameters
     ----------
@@ -47,17 +45,12 @@ class CellStore:
         cells = Cells(self.cells.x[rows], self.cells.codes[rows], self.cells.covariates[rows], self.cells.library[rows])
         return CellStore(cells, None if self.labels is None else self.labels[rows])
 
-    def gather(self, rows: np.ndarray) -> dict[str, Tensor | Stored]:
-        """Rows as tensors on the CPU: ``x`` (n, G) dense, ``codes``, ``covariates``, ``library``, any ``labels``.
-
-        Where x is sparse, ``stored`` has it as CSR beside: row starts (n + 1,) int64, columns and values (nnz,).
-        """
+    def gather(self, rows: np.ndarray) -> dict[str, Tensor | SparseRows]:
+        """Rows on the CPU: ``x`` (n, G), sparse or dense, ``codes``, ``covariates``, ``library``, any ``labels``."""
         x = self.cells.x[rows]
         more = {} if self.labels is None else {"labels": torch.from_numpy(self.labels[rows])}
-        if sparse.issparse(x):
-            more["stored"] = tuple(torch.from_numpy(a) for a in (x.indptr.astype(np.int64), x.indices, x.data))
         return more | {
-            "x": torch.from_numpy(x.toarray() if sparse.issparse(x) else x),
+            "x": _rows(x) if sparse.issparse(x) else torch.from_numpy(x),
             "codes": torch.from_numpy(self.cells.codes[rows]),
             "covariates": torch.from_numpy(self.cells.covariates[rows]),
             "library": torch.from_numpy(self.cells.library[rows]),
@@ -110,7 +103,7 @@ class ChunkLoader:
         """Number of chunks."""
         return -(-self.n_batches // self.per_chunk)
 
-    def __iter__(self) -> Iterator[list[dict[str, Tensor | Stored]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Tensor | SparseRows]]]:
         rows = self.rows
         if self.shuffle:
             rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
@@ -123,17 +116,12 @@ class ChunkLoader:
             yield mini_batches(self.store.gather(np.concatenate(part)), [len(b) for b in part])
 
 
-def mini_batches(tensors: dict[str, Tensor | Stored], sizes: list[int]) -> list[dict[str, Tensor | Stored]]:
+def _rows(x: sparse.csr_matrix) -> SparseRows:
+    parts = x.indptr.astype(np.int64), x.indices.astype(np.int32, copy=False), x.data
+    return SparseRows(*(torch.from_numpy(part) for part in parts), x.shape[1])
+
+
+def mini_batches(tensors: dict[str, Tensor | SparseRows], sizes: list[int]) -> list[dict[str, Tensor | SparseRows]]:
     """Tensors (n, ...) cut into mini-batches of these sizes, which add up to n; views of all that is large."""
-    split = {name: t.split(sizes) for name, t in tensors.items() if name != "stored"}
-    if "stored" in tensors:
-        split["stored"] = _cut(*tensors["stored"], sizes)
+    split = {name: t.split(sizes) for name, t in tensors.items()}
     return [{name: t[i] for name, t in split.items()} for i in range(len(sizes))]
-
-
-def _cut(starts: Tensor, columns: Tensor, values: Tensor, sizes: list[int]) -> list[Stored]:
-    """Rows of a CSR matrix cut into parts of these sizes."""
-    ends = np.cumsum(sizes)
-    parts = [starts[end - size : end + 1] for size, end in zip(sizes, ends, strict=True)]
-    at = [(int(part[0]), int(part[-1])) for part in parts]
-    return [(part - a, columns[a:b], values[a:b]) for part, (a, b) in zip(parts, at, strict=True)]

@@ -2,7 +2,7 @@
 
 from sccvae.distributions._base import LIKELIHOODS, Likelihood, Observation, as_likelihood, register
 from sccvae.distributions.continuous import Bernoulli, Normal, log_bernoulli, log_normal
-from sccvae.distributions.counts import ZINB, NegativeBinomial, Poisson, log_nb, log_poisson, log_zinb
+from sccvae.distributions.counts import ZINB, NegativeBinomial, Poisson
 from sccvae.distributions.kl import (
     expected_log_probability,
     kl_categorical,
@@ -10,6 +10,7 @@ from sccvae.distributions.kl import (
     kl_normal,
     kl_standard_normal,
 )
+from sccvae.distributions.masses import log_nb, log_poisson, log_zinb
 
 __all__ = [
     "LIKELIHOODS",

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from sccvae._rows import SparseRows
+
 
 class Observation(ABC):
     """The distribution p(x|...) of a mini-batch of observations; features are independent given the latent variables.
@@ -16,9 +18,12 @@ class Observation(ABC):
     ----------
     mean
         Expected value of x, (..., n, G).
+    takes_rows
+        Whether :meth:`log_prob` also takes x as :class:`~sccvae.nn.SparseRows`.
     """
 
     mean: Tensor
+    takes_rows: ClassVar[bool] = False
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ class Likelihood(nn.Module, ABC):
         """Names of its parameters that have a row for each batch; none in most families."""
         return ()
 
-    def observe(self, x: Tensor) -> Tensor:
+    def observe(self, x: Tensor | SparseRows) -> Tensor | SparseRows:
         """What stands for the observation in the ELBO, (n, G): the data themselves unless a family resamples them."""
         return x
 

@@ -80,26 +80,26 @@ def ratios_of_logs(log_mu, log_theta, ratio):
 
 
 @compiled(**FAST)
-def nb_zeros(x, log_mu, log_theta, theta, ratio, d_mu, d_theta):
+def nb_zeros(seen, log_mu, log_theta, theta, ratio, d_mu, d_theta):
     """Derivatives of one cell as if all its counts were zero; the log mass, summed where they are. All (G,).
 
-    ``ratio`` is mu / theta.
+    ``ratio`` is mu / theta; ``seen`` is 1 where the count is not zero, else 0.
     """
     total = f(0.0)
-    for j in range(len(x)):
+    for j in range(len(seen)):
         r = ratio[j]
         zero = -theta[j] * log1p_ratio(r, log_mu[j] - log_theta[j])
         d_mu[j] = -theta[j] * (r / (f(1.0) + r))
         d_theta[j] = zero - d_mu[j]
-        total += f(0.0) if x[j] > 0 else zero
+        total += f(0.0) if seen[j] > 0 else zero
     return total
 
 
 @compiled(**FAST)
-def zinb_zeros(x, log_mu, log_theta, theta, ratio, logits, d_mu, d_theta, d_logits):
+def zinb_zeros(seen, log_mu, log_theta, theta, ratio, logits, d_mu, d_theta, d_logits):
     """As ``nb_zeros``; with log P(no structural zero) where the count is not zero."""
     total = f(0.0)
-    for j in range(len(x)):
+    for j in range(len(seen)):
         r, b = ratio[j], logits[j]
         nb_zero = -theta[j] * log1p_ratio(r, log_mu[j] - log_theta[j])
         by_mu = -theta[j] * (r / (f(1.0) + r))
@@ -113,8 +113,8 @@ def zinb_zeros(x, log_mu, log_theta, theta, ratio, logits, d_mu, d_theta, d_logi
         one = f(1.0) / (f(1.0) + e)
         from_nb = e * one if c > 0 else one  # P(a zero is no structural one)
         d_mu[j], d_theta[j] = from_nb * by_mu, from_nb * (nb_zero - by_mu)
-        d_logits[j] = (f(0.0) if x[j] > 0 else f(1.0) - from_nb) - share
-        total += expressed if x[j] > 0 else either
+        d_logits[j] = (f(0.0) if seen[j] > 0 else f(1.0) - from_nb) - share
+        total += expressed if seen[j] > 0 else either
     return total
 
 
@@ -175,21 +175,19 @@ def log1p_unit_double(e):
 
 
 @compiled()
-def not_zero(x, at):
-    """Columns of the counts of one cell that are not zero, in the first places of ``at``; how many."""
-    n = np.uintp(0)
-    for j in range(len(x)):
-        at[n] = np.uint32(j)
-        n += np.uintp(x[j] > 0)
-    return n
+def mark(at, counts, seen, value):
+    """Put a value into ``seen`` (G,) at the columns ``at`` of counts above zero, both (nnz,)."""
+    for k in range(len(at)):
+        if counts[k] > 0:
+            seen[at[k]] = value
 
 
 @compiled(**FAST)
-def ratios(n, at, log_mu, log_theta, ratio, plus):
-    """The ratio mu / theta and log(1 + mu / theta) at the first ``n`` columns ``at``, in float64."""
-    for k in range(n):  # gathered first, so that the second loop runs on vectors
+def ratios(at, log_mu, log_theta, ratio, plus):
+    """The ratio mu / theta and log(1 + mu / theta) at the columns ``at`` (nnz,), in float64, first in their room."""
+    for k in range(len(at)):  # gathered first, so that the second loop runs on vectors
         plus[k] = np.float64(log_mu[at[k]]) - np.float64(log_theta[at[k]])
-    for k in range(n):
+    for k in range(len(at)):
         a = plus[k]
         e = exp_minus_double(abs(a))
         ratio[k] = e if a < 0 else 1.0 / e
@@ -197,14 +195,18 @@ def ratios(n, at, log_mu, log_theta, ratio, plus):
 
 
 @compiled()
-def nb_seen(x, log_mu, log_theta, theta, d_mu, d_theta, at, ratio, plus):
-    """Replace the derivatives of one cell where x > 0; the log mass, summed there. All (G,), the last three as room."""
+def nb_seen(at, counts, log_mu, log_theta, theta, d_mu, d_theta, ratio, plus):
+    """Replace the derivatives of one cell where its count is above zero; the log mass, summed there.
+
+    ``at`` and ``counts`` (nnz,), all others (G,); the last two are room.
+    """
     total = 0.0
-    n = not_zero(x, at)
-    ratios(n, at, log_mu, log_theta, ratio, plus)
-    for m in range(n):
+    ratios(at, log_mu, log_theta, ratio, plus)
+    for m in range(len(at)):
+        if not counts[m] > 0:  # a zero that was stored
+            continue
         j = at[m]
-        count = np.float64(x[j])
+        count = np.float64(counts[m])
         t, u = theta[j], np.float64(log_theta[j])
         a = np.float64(log_mu[j]) - u
         if count == 1.0:
@@ -261,27 +263,29 @@ def to_scores(share, derivative):
         derivative[j] -= share[j] * total
 
 
-# Over cells: x (m, G); scores, d_* (n, G); log_theta, theta (r, G), with ``own`` (m,) the row of each cell; total (n,);
-# n is a multiple of m. ``top`` (n,) and ``log_depth`` (m,) are empty where the scores are log means already. Each cell
-# stays in the nearest cache through all its loops: they are many, as the compiler makes vectors of each by itself, but
-# not of all in one.
+# Over cells: m rows of counts, where row i has from starts[i] to starts[i + 1] (m + 1,), at the ``columns`` (nnz,);
+# scores, d_* (n, G); log_theta, theta (r, G), with ``own`` (n,) the row of each; total (n,); n is a multiple of m.
+# ``top`` (n,) and ``log_depth`` (m,) are empty where the scores are log means already. Each cell stays in the nearest
+# cache through all its loops: they are many, as the compiler makes vectors of each by itself, but not of all in one.
 
 
 @compiled()
-def seen(x, log_mu, log_theta, theta, own, d_mu, d_theta, total):
+def seen(starts, columns, counts, log_mu, log_theta, theta, own, d_mu, d_theta, total):
     """Add the log mass of counts that are not zero, in nats, to ``total`` and replace the derivatives there."""
-    at, ratio, plus = np.empty(x.shape[1], np.uint32), np.empty(x.shape[1]), np.empty(x.shape[1])
+    ratio, plus = np.empty(log_mu.shape[1]), np.empty(log_mu.shape[1])
     for i in range(len(log_mu)):
-        row = i % len(x)
-        k = own[row]
-        total[i] += nb_seen(x[row], log_mu[i], log_theta[k], theta[k], d_mu[i], d_theta[i], at, ratio, plus)
+        row, k = i % (len(starts) - 1), own[i]
+        at, x = columns[starts[row] : starts[row + 1]], counts[starts[row] : starts[row + 1]]
+        total[i] += nb_seen(at, x, log_mu[i], log_theta[k], theta[k], d_mu[i], d_theta[i], ratio, plus)
 
 
 @compiled()
 def cells(
     start,
     stop,
-    x,
+    starts,
+    columns,
+    counts,
     scores,
     top,
     log_depth,
@@ -296,12 +300,12 @@ def cells(
     total,
 ):
     """Log mass in nats and its derivatives; float32 but ``theta_double``. Zero-inflated if ``logits`` is not empty."""
-    n = x.shape[1]
-    at, ratio, plus = np.empty(n, np.uint32), np.empty(n), np.empty(n)
+    n = scores.shape[1]
+    ratio, plus, is_seen = np.empty(n), np.empty(n), np.zeros(n, np.float32)
     log_mu, share, over = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     for i in range(start, stop):
-        row = i % len(x)
-        k = own[row]
+        row, k = i % (len(starts) - 1), own[i]
+        at, x = columns[starts[row] : starts[row + 1]], counts[starts[row] : starts[row + 1]]
         u, t, by_mu, by_theta = log_theta[k], theta[k], d_scores[i], d_theta[i]
         if len(top):
             depth = log_depth[i % len(log_depth)]
@@ -310,11 +314,13 @@ def cells(
         else:
             log_mu[:] = scores[i]
             ratios_of_logs(log_mu, u, over)
+        mark(at, x, is_seen, f(1.0))
         if len(logits):
-            total[i] = zinb_zeros(x[row], log_mu, u, t, over, logits[i], by_mu, by_theta, d_logits[i])
+            total[i] = zinb_zeros(is_seen, log_mu, u, t, over, logits[i], by_mu, by_theta, d_logits[i])
         else:
-            total[i] = nb_zeros(x[row], log_mu, u, t, over, by_mu, by_theta)
-        total[i] += nb_seen(x[row], log_mu, u, theta_double[k], by_mu, by_theta, at, ratio, plus)
+            total[i] = nb_zeros(is_seen, log_mu, u, t, over, by_mu, by_theta)
+        mark(at, x, is_seen, f(0.0))
+        total[i] += nb_seen(at, x, log_mu, u, theta_double[k], by_mu, by_theta, ratio, plus)
         if len(top):
             to_scores(share, by_mu)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from sccvae._rows import SparseRows, dense
 from sccvae.distributions._base import Likelihood, Observation, register
 
 #: Largest log standard deviation that a network gives: exp must not overflow.
@@ -183,9 +184,11 @@ class Bernoulli(Likelihood):
         with torch.no_grad():
             self.logit_head.bias.copy_(torch.logit(mean, eps=1e-3))
 
-    def observe(self, x: Tensor) -> Tensor:
+    def observe(self, x: Tensor | SparseRows) -> Tensor | SparseRows:
         """x, or zeros and ones drawn from it while training with ``resample``, (n, G)."""
-        return torch.bernoulli(x) if self.training and self.settings["resample"] else x
+        if not (self.training and self.settings["resample"]):
+            return x
+        return torch.bernoulli(dense(x))
 
     def forward(
         self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None

@@ -1,120 +1,22 @@
-"""Poisson, negative binomial and zero-inflated negative binomial for counts.
-
-A cell's log mass is the sum of log p(0) over its zeros, cheap and dense, and of the full log mass over its non-zero
-counts (about a tenth of a single-cell matrix). Only these need log-gamma. They run in float64: for a large theta
-lgamma(x + theta) - lgamma(theta) cancels in float32, and for a large count so do the terms of the log mass.
-"""
+"""Poisson, negative binomial and zero-inflated negative binomial for counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, one_hot, softplus
+from torch.nn.functional import one_hot
 
+from sccvae._rows import SparseRows, dense
 from sccvae.distributions import kernels
 from sccvae.distributions._base import Likelihood, Observation, register
+from sccvae.distributions.masses import log_nb, log_poisson, nb_zero, sum_over_genes, zinb_seen, zinb_zero
 
 #: Bound of a log inverse dispersion given by a network: beyond it a negative binomial is a Poisson (or all zeros) to
 #: six digits, while exp would overflow and lgamma lose its digits.
 MAX_LOG_THETA = 15.0
-
-
-def _nb_zero(log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """Log NB(0): -theta log(1 + mu / theta)."""
-    return -log_theta.exp() * softplus(log_mu - log_theta)
-
-
-def _zinb_zero(log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
-    """Log(pi + (1 - pi) NB(0)) with pi = sigmoid(logits)."""
-    return torch.logaddexp(logsigmoid(logits), logsigmoid(-logits) + _nb_zero(log_mu, log_theta))
-
-
-def _zinb_seen(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
-    """Log((1 - pi) NB(x)): the log mass of x > 0."""
-    return logsigmoid(-logits) + log_nb(x, log_mu, log_theta)
-
-
-def log_poisson(x: Tensor, log_mu: Tensor) -> Tensor:
-    """Log mass of Poisson(mu), element-wise, in nats; computed in float64.
-
-    Parameters
-    ----------
-    x
-        Counts, any shape, floating.
-    log_mu
-        Log of the mean, broadcastable to x.
-
-    Returns
-    -------
-    Log mass, of the broadcast shape.
-    """
-    dtype, x, log_mu = log_mu.dtype, x.double(), log_mu.double()
-    return (x * log_mu - log_mu.exp() - torch.lgamma(x + 1)).to(dtype)
-
-
-def log_nb(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """Log mass of the negative binomial with mean mu and variance mu + mu^2 / theta, element-wise; computed in float64.
-
-    Parameters
-    ----------
-    x
-        Counts, any shape, floating.
-    log_mu, log_theta
-        Log of the mean and of the inverse dispersion, broadcastable to x.
-
-    Returns
-    -------
-    Log mass, of the broadcast shape.
-
-    References
-    ----------
-    Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
-    """
-    dtype, x, log_mu, log_theta = log_mu.dtype, x.double(), log_mu.double(), log_theta.double()
-    theta = log_theta.exp()
-    ways = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
-    return (ways + _nb_zero(log_mu, log_theta) - x * softplus(log_theta - log_mu)).to(dtype)
-
-
-def log_zinb(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:
-    """Log mass of the zero-inflated negative binomial, element-wise, in nats; computed in float64.
-
-    Parameters
-    ----------
-    x
-        Counts, any shape, floating.
-    log_mu, log_theta
-        Log of the mean and of the inverse dispersion of the NB part, broadcastable to x.
-    logits
-        Log odds of a structural zero, broadcastable to x.
-
-    Returns
-    -------
-    Log mass, of the broadcast shape.
-
-    References
-    ----------
-    Lopez et al. 2018, Deep generative modeling for single-cell transcriptomics, Methods.
-    """
-    parameters = (log_mu.double(), log_theta.double(), logits.double())
-    return torch.where(x > 0, _zinb_seen(x, *parameters), _zinb_zero(*parameters)).to(log_mu.dtype)
-
-
-def _sum_over_genes(zero: Tensor, x: Tensor, log_mass: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """Sum over genes of ``zero`` where x is 0 and of ``log_mass(x, *parameters)`` elsewhere, (..., n).
-
-    zero is (..., n, G), x (n, G), each parameter (..., n or 1, G).
-    """
-    seen = x > 0
-    rows, columns = seen.nonzero(as_tuple=True)
-    at = [p[..., rows if p.shape[-2] > 1 else torch.zeros_like(rows), columns].double() for p in parameters]
-    values = log_mass(x[rows, columns], *at)  # (..., nnz)
-    total = values.new_zeros((*values.shape[:-1], x.shape[0])).index_add(-1, rows, values)
-    return (torch.where(seen, 0.0, zero).sum(-1) + total).to(zero.dtype)
 
 
 def _log1p(x: Tensor) -> Tensor:
@@ -173,7 +75,7 @@ class CountObservation(Observation):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
-        return _sum_over_genes(-self.mean, x, log_poisson, self.log_mu)
+        return sum_over_genes(-self.mean, x, log_poisson, self.log_mu)
 
     @torch.no_grad()
     def sample(self) -> Tensor:
@@ -187,6 +89,8 @@ class NBObservation(CountObservation):
     With ``rows`` (n,) int64 the cells share dispersions: it is (r, G), and ``rows`` says whose row is whose.
     """
 
+    takes_rows = True
+
     def __init__(self, scores: Tensor, library: Tensor, log_theta: Tensor, rows: Tensor | None = None) -> None:
         super().__init__(scores, library)
         self._log_theta, self._rows = log_theta, rows
@@ -196,13 +100,13 @@ class NBObservation(CountObservation):
         """Log inverse dispersion, broadcastable to (..., n, G)."""
         return self._log_theta if self._rows is None else self._log_theta[self._rows]
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor | SparseRows) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
         log_mu, log_depth = self._log_means()
         if kernels.applies(x, log_mu, self._log_theta):
             return kernels.nb_sum(x, log_mu, self._log_theta, log_depth, self._rows)
         parameters = (self.log_mu, self.log_theta)
-        return _sum_over_genes(_nb_zero(*parameters), x, log_nb, *parameters)
+        return sum_over_genes(nb_zero(*parameters), dense(x), log_nb, *parameters)
 
     @torch.no_grad()
     def sample(self) -> Tensor:
@@ -226,13 +130,13 @@ class ZINBObservation(NBObservation):
         """Expected counts, structural zeros included, (..., n, G)."""
         return self.log_mu.exp() * torch.sigmoid(-self.logits)
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor | SparseRows) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""
         log_mu, log_depth = self._log_means()
         if kernels.applies(x, log_mu, self._log_theta, self.logits):
             return kernels.zinb_sum(x, log_mu, self._log_theta, self.logits, log_depth, self._rows)
         parameters = (self.log_mu, self.log_theta, self.logits)
-        return _sum_over_genes(_zinb_zero(*parameters), x, _zinb_seen, *parameters)
+        return sum_over_genes(zinb_zero(*parameters), dense(x), zinb_seen, *parameters)
 
     @torch.no_grad()
     def sample(self) -> Tensor:

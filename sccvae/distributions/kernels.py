@@ -17,42 +17,31 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from sccvae._compiled import has_numba, in_threads
+from sccvae._rows import SparseRows, random_bytes
 
 
-def applies(x: Tensor, *parameters: Tensor) -> bool:
+def applies(x: Tensor | SparseRows, *parameters: Tensor) -> bool:
     """Whether the kernels can be used: CPU tensors of one floating type, and numba there."""
     types = {t.dtype for t in (x, *parameters)}
     return len(types) == 1 and all(t.device.type == "cpu" for t in (x, *parameters)) and has_numba()
 
 
-def _flat(x: Tensor, scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments without gradient: x (m, G), scores (n, G), log_theta (r, G), rows (m,) of it, all contiguous."""
-    width = x.shape[-1]
-    log_theta = log_theta.detach().reshape(-1, width)
+def _flat(scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments without gradient: scores (n, G), log_theta (r, G), and which row of it each has, (n,)."""
+    scores, log_theta = (t.detach().reshape(-1, t.shape[-1]).contiguous() for t in (scores, log_theta))
     if rows is None:
-        if len(log_theta) not in (1, len(x)):  # as many as draws of z
-            x = x.expand(scores.shape).reshape(-1, width)
-        rows = torch.arange(len(x)) if len(log_theta) > 1 else torch.zeros(len(x), dtype=torch.int64)
-    flat = x.detach(), scores.detach().reshape(-1, width), log_theta, rows
-    return tuple(t.contiguous() for t in flat)
-
-
-def _over_cells(n_cells: int, n_genes: int, *tensors: Tensor) -> None:
-    """Run the loop over all cells."""
-    from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
-
-    in_threads(_loops.cells, n_cells, n_cells * n_genes, *(t.numpy() for t in tensors))
+        rows = torch.arange(len(log_theta))  # one for all, for each cell, or for each draw of each cell
+    return scores, log_theta, rows.repeat(len(scores) // len(rows))
 
 
 def _by_torch(
-    x: Tensor, log_mu: Tensor, log_theta: Tensor, rows: Tensor, theta: Tensor, logits: Tensor, *derivatives: Tensor
+    x: SparseRows, log_mu: Tensor, log_theta: Tensor, own: Tensor, theta: Tensor, logits: Tensor, *derivatives: Tensor
 ) -> Tensor:
     """The same in float64: vectors by torch where the count is zero, the loop elsewhere; fills the derivatives."""
     from sccvae.distributions import _loops
 
     d_mu, d_theta, d_logits = derivatives
-    repeats = len(log_mu) // len(x)
-    seen, own = (x > 0).repeat(repeats, 1), rows.repeat(repeats)
+    seen = (x.dense() > 0).repeat(len(log_mu) // len(x), 1)
     a = log_mu - log_theta[own]
     minus = -theta[own]
     zero = softplus(a).mul_(minus)
@@ -67,7 +56,7 @@ def _by_torch(
         total = torch.where(seen, expressed, either).sum(-1)
     else:
         total = zero.masked_fill_(seen, 0.0).sum(-1)
-    _loops.seen(*(t.numpy() for t in (x, log_mu, log_theta, theta, rows, d_mu, d_theta, total)))
+    _loops.seen(*x.arrays(), *(t.numpy() for t in (log_mu, log_theta, theta, own, d_mu, d_theta, total)))
     return total
 
 
@@ -83,7 +72,7 @@ class _NegativeBinomial(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x: Tensor | SparseRows,
         scores: Tensor,
         log_depth: Tensor | None,
         log_theta: Tensor,
@@ -91,24 +80,25 @@ class _NegativeBinomial(torch.autograd.Function):
         logits: Tensor | None,
     ) -> Tensor:
         """See :func:`nb_sum` and :func:`zinb_sum`."""
-        flat = _flat(x, scores, log_theta, rows)
-        n = len(flat[1])
-        theta = flat[2].double().exp()
-        d_scores, d_theta = torch.empty_like(flat[1]), torch.empty_like(flat[1])
-        none = flat[1].new_empty(0, x.shape[-1])
+        from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
+
+        rows_of_x = x if isinstance(x, SparseRows) else SparseRows.of(x)
+        scores_, log_theta_, own = _flat(scores, log_theta, rows)
+        n, theta = len(scores_), log_theta_.double().exp()
+        d_scores, d_theta = torch.empty_like(scores_), torch.empty_like(scores_)
+        none = scores_.new_empty(0, x.shape[-1])
         inflated = none if logits is None else logits.detach().expand(scores.shape).reshape(n, -1).contiguous()
-        d_logits, total = torch.empty_like(inflated), flat[1].new_empty(n)
+        d_logits, total = torch.empty_like(inflated), scores_.new_empty(n)
+        found = d_scores, d_theta, d_logits
         if x.dtype == torch.float32:
-            top, depth = (none[:, 0],) * 2 if log_depth is None else (flat[1].amax(-1), log_depth.detach().reshape(-1))
-            _over_cells(
-                *(n, x.shape[-1], *flat[:2], top, depth, flat[2], theta.float(), theta, flat[3]),
-                *(inflated, d_scores, d_theta, d_logits, total),
-            )
+            top, depth = (none[:, 0],) * 2 if log_depth is None else (scores_.amax(-1), log_depth.detach().reshape(-1))
+            given = scores_, top, depth, log_theta_, theta.float(), theta, own, inflated, *found, total
+            arrays = *rows_of_x.arrays(), *(t.numpy() for t in given)
+            in_threads(_loops.cells, n, n * x.shape[-1], *arrays)
         else:
-            total = _by_torch(*flat, theta, inflated, d_scores, d_theta, d_logits)
-        ctx.save_for_backward(d_scores, d_theta, d_logits)
-        shared = rows is not None or len(flat[2]) == 1
-        ctx.rows = flat[3].repeat(n // len(flat[3])) if shared else None
+            total = _by_torch(rows_of_x, scores_, log_theta_, own, theta, inflated, *found)
+        ctx.save_for_backward(*found)
+        ctx.rows = own if rows is not None or len(log_theta_) == 1 else None
         ctx.shapes = scores.shape, log_theta.shape, None if logits is None else logits.shape
         return total.reshape(scores.shape[:-1])
 
@@ -129,14 +119,18 @@ class _NegativeBinomial(torch.autograd.Function):
 
 
 def nb_sum(
-    x: Tensor, log_mu: Tensor, log_theta: Tensor, log_depth: Tensor | None = None, rows: Tensor | None = None
+    x: Tensor | SparseRows,
+    log_mu: Tensor,
+    log_theta: Tensor,
+    log_depth: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Log mass of negative binomial counts in nats, summed over genes.
 
     Parameters
     ----------
     x
-        Counts, (n, G).
+        Counts, (n, G), dense or the rows of those that are not zero.
     log_mu
         Log of the mean, (..., n, G); with ``log_depth`` the scores whose softmax times the depth is the mean.
     log_theta
@@ -154,7 +148,7 @@ def nb_sum(
 
 
 def zinb_sum(
-    x: Tensor,
+    x: Tensor | SparseRows,
     log_mu: Tensor,
     log_theta: Tensor,
     logits: Tensor,
@@ -178,7 +172,7 @@ def zinb_sum(
 
 
 def _sum(
-    x: Tensor,
+    x: Tensor | SparseRows,
     scores: Tensor,
     log_depth: Tensor | None,
     log_theta: Tensor,
@@ -230,8 +224,7 @@ def drop(x: Tensor, n: int) -> Tensor:
     -------
     A new tensor like x.
     """
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    random, factor = words.view(torch.uint8)[: x.numel()], 256 / (256 - n)
+    random, factor = random_bytes(x.numel(), x.device), 256 / (256 - n)
     if applies(x) and x.dtype == torch.float32 and not x.requires_grad:
         from sccvae.distributions import _loops
 

@@ -128,7 +128,7 @@ class DecodingMixin:
                     one = one if columns is None else one[:, columns]
                     draw = several % len(sums)
                     sums[draw], several = one if sums[draw] is None else sums[draw] + one, several + 1
-                here = slice(done, done + len(batch.x))
+                here = slice(done, done + len(batch))
                 if sd is not None:
                     draws = torch.stack(sums) / len(changes)  # (n_samples, n, genes)
                     sd[here] = draws.std(0).cpu().numpy()

@@ -255,8 +255,8 @@ class DifferentialMixin:
                 z = self.module.inference(batch)["z"].sample()
                 own = self.module.generative({"z": z}, batch).expression(batch.library)
                 decoded = sum(p_x.expression() for p_x in self._decoded(batch, changes, [z])) / len(changes)
-                scaled = 1e4 * batch.x / batch.x.sum(1, keepdim=True).clamp(min=1)
-                x, own, decoded, scaled = (t.double().cpu().numpy() for t in (batch.x, own, decoded, scaled))
+                scaled = 1e4 * batch.dense / batch.dense.sum(1, keepdim=True).clamp(min=1)
+                x, own, decoded, scaled = (t.double().cpu().numpy() for t in (batch.dense, own, decoded, scaled))
                 weight = rng.exponential(size=(N_WEIGHTS, len(x)))
                 here = part[:, done : done + len(x)]
                 done += len(x)

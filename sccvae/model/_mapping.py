@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 
@@ -18,7 +19,7 @@ from sccvae.data import CellStore, MaskedStore, check_support, measured, read_me
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import TransferMixin
-from sccvae.module import anchored, grow, new_weights, only_new
+from sccvae.module import Batch, anchored, grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
 logger = logging.getLogger(__name__)
@@ -203,9 +204,9 @@ class MappingMixin(TransferMixin):
         rows = rows[:: max(1, len(rows) // MEANS_OF)]
         total, seen, n = 0.0, 0.0, len(rows)
         for part in np.array_split(rows, max(1, n // 1024)):
-            cells = store.gather(part)
-            total = total + cells["x"].double().sum(0)
-            seen = seen + self.module.likelihood.encoder_input(cells["x"], cells["library"]).double().sum(0)
+            cells = Batch.on(torch.device("cpu"), store.gather(part))
+            total = total + cells.dense.double().sum(0)
+            seen = seen + self.module.likelihood.encoder_input(cells.dense, cells.library).double().sum(0)
         counts = self.module.likelihood.support == "counts"
         stand_in = (seen / n).expm1() if counts else seen / n  # the encoder input is log(1 + x) for counts
         self.reference["gene_means"] = [float(v) for v in (total / n).float()]

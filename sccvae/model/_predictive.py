@@ -122,10 +122,10 @@ class PredictiveMixin(DecodingMixin):
         ):
             stream = self._observations(adata, indices, [Change()], n_samples=n_samples, batch_size=batch_size)
             for batch, observations in stream:
-                real.add(0, batch.x)
+                real.add(0, batch.dense)
                 for i, p_x in enumerate(observations):
                     replicated.add(i, p_x.sample())
-                bar.update(len(batch.x))
+                bar.update(len(batch))
         found = {}
         for name, one, many in zip(STATISTICS, real.statistics(n), replicated.statistics(n), strict=True):
             low, high = np.quantile(many, [(1 - band) / 2, (1 + band) / 2], axis=0)

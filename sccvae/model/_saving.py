@@ -20,7 +20,8 @@ from sccvae.data import read_cells
 from sccvae.model._card import model_card
 
 JSON_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "weights.safetensors", "README.md"
-FORMAT = 1
+#: In format 1 the weights of hidden layers lay by output.
+FORMAT, BY_OUTPUT = 2, 1
 KEYS = {"class", "settings", "seed", "trained", "registry", "reference", "history", "splits"}
 
 
@@ -125,6 +126,8 @@ class SavingMixin:
         model = cls(registry=registry, seed=content["seed"], **content["settings"])
         try:
             weights = load_file(folder / WEIGHTS_FILE)
+            if content["format"] == BY_OUTPUT:
+                weights = {k: v.T if k.endswith(".linear.weight") else v for k, v in weights.items()}
             model.module.load_state_dict(weights)
         except (SafetensorError, RuntimeError) as error:
             msg = f"{folder / WEIGHTS_FILE} is damaged or does not belong to {JSON_FILE}: {error}"
@@ -201,10 +204,10 @@ def _read(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         msg = f"{folder / JSON_FILE} is damaged: {error}"
         raise ValueError(msg) from error
-    if found != FORMAT:
+    if found not in (BY_OUTPUT, FORMAT):
         msg = (
             f"{folder} is in format {found!r} (sccvae {content.get('sccvae_version')}); this sccvae {__version__} "
-            f"reads format {FORMAT}."
+            f"reads formats {BY_OUTPUT} and {FORMAT}."
         )
         raise ValueError(msg)
     lacking = sorted(KEYS - content.keys())

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
+from sccvae._rows import SparseRows, dense, few
 from sccvae.distributions import Likelihood, Observation, kl_normal
 from sccvae.module._factorization import Factorization
-from sccvae.nn import SparseRows
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Batch:
     Attributes
     ----------
     x
-        Observed values, (n, G) floating.
+        Observed values, (n, G) floating: a tensor, or rows of what is not zero as they came from sparse data. A plate
+        reads :attr:`dense`, or :attr:`entries` where these are faster.
     codes
         Category of each categorical condition, (n, n_keys) int64; the batch comes first. (n, 0) if there is none.
     covariates
@@ -36,23 +37,22 @@ class Batch:
     present
         Which features were measured, (n, G) bool, each row the same: the others hold a stand-in for the encoder and do
         not count in p(x|...). None if all were.
-    stored
-        The same x as CSR on the CPU, if it came so: row starts (n + 1,) int64, columns (nnz,) int32, values (nnz,).
+    read
+        A likelihood and what an encoder reads of x by it (``encoder_input``), once that was made.
     """
 
-    x: Tensor
+    x: Tensor | SparseRows
     codes: Tensor
     covariates: Tensor
     library: Tensor
     labels: Tensor | None = None
     present: Tensor | None = None
-    stored: tuple[Tensor, Tensor, Tensor] | None = None
+    read: tuple[Likelihood | None, Any] = field(default=(None, None), init=False, repr=False, compare=False)
 
     @classmethod
-    def on(cls, device: torch.device, tensors: dict) -> Batch:
+    def on(cls, device: torch.device, tensors: dict[str, Tensor | SparseRows]) -> Batch:
         """Make a batch of what a loader of cells gives, by name, on a device."""
-        moved = {name: t.to(device) for name, t in tensors.items() if name != "stored"}
-        return cls(**moved, stored=tensors.get("stored"))
+        return cls(**{name: t.to(device) for name, t in tensors.items()})
 
     @classmethod
     def of(
@@ -63,15 +63,28 @@ class Batch:
         codes = empty.long() if codes is None else codes.reshape(len(x), -1)
         return cls(x, codes, empty if covariates is None else covariates, x.sum(-1, keepdim=True), labels)
 
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def dense(self) -> Tensor:
+        """The observed values as a tensor, (n, G)."""
+        return dense(self.x)
+
     @cached_property
     def entries(self) -> SparseRows | None:
         """The values of x that are not zero, where that is a faster way to read it; else None."""
-        return SparseRows.of(self.x, self.stored)
+        return few(self.x)
 
     def observed(self, likelihood: Likelihood) -> Batch:
         """With x as the likelihood observes it, such as binarised."""
         x = likelihood.observe(self.x)
-        return self if x is self.x else replace(self, x=x, stored=None)
+        return self if x is self.x else replace(self, x=x)
+
+    def every(self, step: int) -> Batch:
+        """Each so-many-th observation, from the first on."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return Batch(**{name: None if t is None else t[::step] for name, t in parts.items()})
 
     @property
     def batch_index(self) -> Tensor | None:
@@ -80,10 +93,11 @@ class Batch:
 
     def log_prob(self, p_x: Observation) -> Tensor:
         """Log density or mass of the measured features in nats, (..., n), under p(x|...) of all features."""
-        if self.present is None:
-            return p_x.log_prob(self.x)
-        measured = self.present[0]
-        return p_x.restrict(measured).log_prob(self.x[:, measured])
+        if self.present is not None:
+            measured = self.present[0]
+            return p_x.restrict(measured).log_prob(self.dense[:, measured])
+        rows = (self.x if isinstance(self.x, SparseRows) else self.entries) if p_x.takes_rows else None
+        return p_x.log_prob(self.dense if rows is None else rows)
 
 
 class GenerativeModule(nn.Module, ABC):
@@ -172,7 +186,7 @@ class EvidenceModule(GenerativeModule, ABC):
         if n_samples < 1:
             msg = f"The bound needs at least one draw of z, not {n_samples}."
             raise ValueError(msg)
-        total = batch.x.new_full((len(batch.x),), -math.inf)
+        total = batch.library.new_full((len(batch),), -math.inf)
         for start in range(0, n_samples, chunk):
             log_w = self.log_weights(batch, min(chunk, n_samples - start))
             total = torch.logaddexp(total, log_w.logsumexp(0))

@@ -13,14 +13,18 @@ from sccvae.nn import ConditionedLinear, frozen_statistics, new_columns, widen
 
 
 def _weights_on_c(module: GenerativeModule) -> list[str]:
-    """Names of the weights (n_out, C) that multiply c."""
-    layers = [
+    """Names of the weights (n_out, C) that multiply c beside another input."""
+    return [
         f"{name}.condition.weight"
         for name, layer in module.named_modules()
         if isinstance(layer, ConditionedLinear) and layer.condition is not None
     ]
+
+
+def _first_weights(module: GenerativeModule) -> list[str]:
+    """Names of the weights (C, n_out) of the networks of c alone."""
     nets = [name for name in module.nets_of_c if getattr(module, name) is not None]
-    return layers + [f"{name}.body.linears.0.linear.weight" for name in nets]
+    return [f"{name}.body.linears.0.linear.weight" for name in nets]
 
 
 def _batchwise(module: GenerativeModule) -> list[str]:
@@ -51,6 +55,8 @@ def grow(module: GenerativeModule, state: Mapping[str, Tensor], known: Sequence[
     wanted = module.conditions.n_categories
     for name in _weights_on_c(module):
         grown[name] = widen(state[name], known, wanted)
+    for name in _first_weights(module):
+        grown[name] = widen(state[name].T, known, wanted).T.contiguous()
     for name in _batchwise(module):
         grown[name] = widen(state[name].T, known[:1], wanted[:1]).T.contiguous()
     return grown
@@ -75,7 +81,7 @@ def new_weights(module: GenerativeModule, known: Sequence[int]) -> dict[str, Ten
         return {}
     wanted, n_continuous = conditions.n_categories, len(conditions.center)
     new = new_columns(known, wanted, n_continuous)
-    masks = dict.fromkeys(_weights_on_c(module), new)
+    masks = dict.fromkeys(_weights_on_c(module), new) | dict.fromkeys(_first_weights(module), new[:, None])
     if tuple(known[:1]) != tuple(wanted[:1]):
         masks |= dict.fromkeys(_batchwise(module), new_columns(known[:1], wanted[:1])[:, None])
     return masks

@@ -68,7 +68,7 @@ class AE(GenerativeModule):
 
     def inference(self, batch: Batch) -> dict[str, Tensor]:
         """Give z = E(x), (n, d)."""
-        return {"z": self.latent(self.encoder(self.corruption(batch.x)))}
+        return {"z": self.latent(self.encoder(self.corruption(batch.dense)))}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """D(z), (..., n, G), as the mean of a unit normal."""
@@ -77,5 +77,5 @@ class AE(GenerativeModule):
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Square error of each observation, (n,)."""
         p_x = self.generative(self.inference(batch), batch)
-        error = (batch.x - p_x.mean).square()
+        error = (batch.dense - p_x.mean).square()
         return {"reconstruction": (error if batch.present is None else error[:, batch.present[0]]).sum(-1)}

@@ -160,7 +160,7 @@ class CVAE(LatentVariableModule):
         """The mixture, N(z; 0, I), or p(z|c) by a network."""
         if self.mixture is not None:
             return {"z": self.mixture()}
-        return {"z": standard_normal(batch.x) if self.shared_prior else self.prior_net(self.c(batch))}
+        return {"z": standard_normal(batch.library) if self.shared_prior else self.prior_net(self.c(batch))}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """p(x|z,c) if the prior is shared, p(x|z) with the learned one."""

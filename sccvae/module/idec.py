@@ -108,7 +108,7 @@ class IDEC(GenerativeModule):
 
     def inference(self, batch: Batch) -> dict[str, Tensor]:
         """Give z = E(x), (n, d); of a corrupted x in pretraining."""
-        x = self.corruption(batch.x) if self.stage == "pretraining" else batch.x
+        x = self.corruption(batch.dense) if self.stage == "pretraining" else batch.dense
         return {"z": self.latent(self.encoder(x))}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
@@ -118,7 +118,7 @@ class IDEC(GenerativeModule):
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Square error of each observation, (n,)."""
         p_x = self.generative(self.inference(batch), batch)
-        error = (batch.x - p_x.mean).square()
+        error = (batch.dense - p_x.mean).square()
         return {"reconstruction": (error if batch.present is None else error[:, batch.present[0]]).sum(-1)}
 
     def log_q_y(self, z: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class VAE(LatentVariableModule):
 
     def prior(self, batch: Batch) -> dict[str, Normal]:
         """p(z) = N(0, I)."""
-        return {"z": standard_normal(batch.x)}
+        return {"z": standard_normal(batch.library)}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """p(x|z)."""

@@ -1,11 +1,11 @@
 """Networks: conditioned layers, encoders, decoders' bodies, corruption. On torch alone."""
 
+from sccvae._rows import SparseRows
 from sccvae.nn.adversarial import virtual_adversarial_penalty
 from sccvae.nn.alignment import batch_discrepancy
 from sccvae.nn.conditions import ConditionedLinear, Conditions, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen_statistics
-from sccvae.nn.sparse import SparseRows
 
 __all__ = [
     "ACTIVATIONS",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
 
-from sccvae.nn.sparse import SparseRows
+from sccvae._rows import SparseRows
 
 
 class Conditions(nn.Module):
@@ -100,6 +100,37 @@ def new_columns(known: Sequence[int], wanted: Sequence[int], n_continuous: int =
     return torch.cat([*parts, torch.zeros(n_continuous, dtype=torch.bool)])
 
 
+class Linear(nn.Module):
+    """y = x W + b, with weights by input, (n_in, n_out): the product over counts that are not zero reads rows of them.
+
+    They start as those of :class:`torch.nn.Linear`.
+
+    Parameters
+    ----------
+    n_in, n_out
+        Widths of x and y.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        start = nn.Linear(*self.weight.shape, device=self.weight.device, dtype=self.weight.dtype)
+        self.weight.copy_(start.weight.T)
+        self.bias.copy_(start.bias)
+
+    def forward(self, x: Tensor | SparseRows) -> Tensor:
+        """Map x (..., n, n_in) to (..., n, n_out)."""
+        if isinstance(x, SparseRows):
+            return x.linear(self.weight, self.bias)
+        return linear(x, self.weight.T, self.bias)
+
+
 class ConditionedLinear(nn.Module):
     """y = W h + V c + b: the same as a linear layer on the concatenation [h, c], with V apart so that it can grow.
 
@@ -113,10 +144,10 @@ class ConditionedLinear(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, n_cond: int = 0) -> None:
         super().__init__()
-        self.linear = nn.Linear(n_in, n_out)
+        self.linear = Linear(n_in, n_out)
         self.condition = nn.Linear(n_cond, n_out, bias=False) if n_cond else None
 
     def forward(self, h: Tensor | SparseRows, c: Tensor | None = None) -> Tensor:
         """Map h (..., n, n_in) and c (n, n_cond) to (..., n, n_out)."""
-        y = self.linear(h) if isinstance(h, Tensor) else h.linear(self.linear.weight, self.linear.bias)
+        y = self.linear(h)
         return y if self.condition is None else y + linear(c, self.condition.weight)

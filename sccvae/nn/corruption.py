@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sccvae.nn.sparse import SparseRows
+from sccvae._rows import SparseRows
 
 
 class GaussianNoise(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import batch_norm, softplus
 
+from sccvae._rows import SparseRows
 from sccvae.nn.conditions import ConditionedLinear
-from sccvae.nn.sparse import SparseRows
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,

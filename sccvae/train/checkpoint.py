@@ -17,7 +17,7 @@ from sccvae.train.callbacks import BestWeights
 from sccvae.train.plan import TrainingPlan
 
 FILE_NAME = "training.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 class ResumableTraining(Checkpoint):

@@ -73,12 +73,6 @@ class TrainingPlan(LightningModule):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
         return optimizer
 
-    def on_before_batch_transfer(self, batch: list[dict], _: int) -> list[dict]:
-        """What only the CPU can use stays there."""
-        if self.device.type == "cpu":
-            return batch
-        return [{name: t for name, t in tensors.items() if name != "stored"} for tensors in batch]
-
     def training_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """One optimiser step for each mini-batch of the chunk."""
         optimizer = self.optimizers()
@@ -92,7 +86,7 @@ class TrainingPlan(LightningModule):
             self.manual_backward(objective)
             optimizer.step()
             self.n_steps += 1
-            self._add("train", report, len(batch.x))
+            self._add("train", report, len(batch))
         if self.trainer.world_size > 1:  # running means of batch norm: each process has seen other cells
             for buffer in self.module.buffers():
                 if buffer.is_floating_point():
@@ -112,7 +106,7 @@ class TrainingPlan(LightningModule):
         for tensors in chunk:
             batch = Batch(**tensors)
             _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
-            self._add("validation", report, len(batch.x))
+            self._add("validation", report, len(batch))
 
     def on_train_start(self) -> None:
         """Several processes draw different noise."""

@@ -1,12 +1,10 @@
-"""The compiled loops behind ``sparse``: importing this file imports numba; each loop compiles once for a machine."""
+"""The compiled loops behind ``_rows``: importing this file imports numba; each loop compiles once for a machine."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from sccvae._compiled import compiled
-
-f = np.float32
 
 # Columns and places are unsigned: for signed ones numba asks at each whether it counts from the end, and no vectors are
 # made. In ``starts``, (n + 1,), row i has the places from starts[i] to starts[i + 1].
@@ -19,7 +17,7 @@ def count(x, starts):
     for i in range(len(x)):
         n = 0
         for j in range(x.shape[1]):
-            n += x[i, j] != f(0)
+            n += x[i, j] != 0
         starts[i + 1] = starts[i] + n
 
 
@@ -31,10 +29,19 @@ def gather(start, stop, x, starts, columns, values):
         row, first, n = x[i], starts[i], np.uintp(0)
         for j in range(len(row)):
             at[n] = np.uint32(j)  # without a branch: of counts none can be foretold
-            n += np.uintp(row[j] != f(0))
+            n += np.uintp(row[j] != 0)
         for k in range(n):
             columns[first + k] = at[k]
             values[first + k] = row[at[k]]
+
+
+@compiled()
+def scatter(starts, columns, values, x):
+    """Put the values at their columns of x (n, G)."""
+    for i in range(len(x)):
+        row = x[i]
+        for k in range(starts[i], starts[i + 1]):
+            row[columns[k]] = values[k]
 
 
 @compiled()
