@@ -3,9 +3,9 @@
     python -m benchmarks.step [--device cuda] [--batch-size 1024] [--repeats 60] [--no-peer]
 
 Torch alone (and scVI for the peer): no data path, the mini-batch lies on the device as the loader of each tool gives it
-(sparse rows here, dense for scVI). All are timed in turn, round after
-round; the smallest and the median of the rounds are shown. *Products* are the large matrix products of the network,
-forward and backward: what a step cannot do without. Ratios are those of medians.
+(on a CPU sparse rows here, dense for scVI). All are timed in turn, round after round; the smallest and the median of
+the rounds are shown. *Products* are the large matrix products of the network, forward and backward: what a step cannot
+do without. Ratios are those of medians.
 """
 
 from __future__ import annotations

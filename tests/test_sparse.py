@@ -17,6 +17,8 @@ from sccvae.distributions import Bernoulli, kernels
 from sccvae.module import CVAE, GMVAE, VAE, Batch
 from sccvae.module import _base as module_base
 from sccvae.nn import MLP, SparseRows
+from sccvae.train import TrainingPlan
+from sccvae.train.schedules import Schedule
 
 G = 300
 
@@ -240,3 +242,11 @@ def test_a_likelihood_of_rows(likelihood, numba, monkeypatch):
         found.append([loss.detach(), *(p.grad for p in module.parameters())])
     for by_rows, by_dense in zip(*found, strict=True):
         torch.testing.assert_close(by_rows, by_dense, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trainer_moves_rows_to_its_device():
+    rows = SparseRows.of(counts())
+    chunk = [{"x": rows, "library": torch.ones(7, 1)}]
+    (moved,) = TrainingPlan(VAE(G), Schedule(10)).transfer_batch_to_device(chunk, torch.device("meta"), 0)
+    assert {moved["x"].device, moved["library"].device} == {torch.device("meta")}
+    assert moved["x"].shape == (7, G)

@@ -20,8 +20,9 @@ from sccvae.data import read_cells
 from sccvae.model._card import model_card
 
 JSON_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "weights.safetensors", "README.md"
-#: In format 1 the weights of hidden layers lay by output.
+#: In format 1 the weights of :class:`sccvae.nn.Linear`, which end so, lay by output.
 FORMAT, BY_OUTPUT = 2, 1
+TURNED = (".linear.weight", "latent.weight")
 KEYS = {"class", "settings", "seed", "trained", "registry", "reference", "history", "splits"}
 
 
@@ -127,7 +128,7 @@ class SavingMixin:
         try:
             weights = load_file(folder / WEIGHTS_FILE)
             if content["format"] == BY_OUTPUT:
-                weights = {k: v.T if k.endswith(".linear.weight") else v for k, v in weights.items()}
+                weights = {k: v.T if k.endswith(TURNED) else v for k, v in weights.items()}
             model.module.load_state_dict(weights)
         except (SafetensorError, RuntimeError) as error:
             msg = f"{folder / WEIGHTS_FILE} is damaged or does not belong to {JSON_FILE}: {error}"
@@ -207,7 +208,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if found not in (BY_OUTPUT, FORMAT):
         msg = (
             f"{folder} is in format {found!r} (sccvae {content.get('sccvae_version')}); this sccvae {__version__} "
-            f"reads formats {BY_OUTPUT} and {FORMAT}."
+            f"reads formats {BY_OUTPUT} and {FORMAT}. Update sccvae, if a newer one wrote it, and load it again."
         )
         raise ValueError(msg)
     lacking = sorted(KEYS - content.keys())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sccvae.distributions import Normal, Observation, kl_categorical
 from sccvae.module._base import Batch, GenerativeModule
 from sccvae.module._factorization import Factorization
-from sccvae.nn import MLP, as_corruption, check_sizes
+from sccvae.nn import MLP, Linear, as_corruption, check_sizes
 
 
 class IDEC(GenerativeModule):
@@ -85,7 +85,7 @@ class IDEC(GenerativeModule):
         mlp["n_hidden"] = [n_hidden] * n_layers
         self.corruption = as_corruption(noise, noise_level)
         self.encoder = MLP(n_features, **mlp)
-        self.latent = nn.Linear(self.encoder.n_out, n_latent)
+        self.latent = Linear(self.encoder.n_out, n_latent)
         self.decoder = MLP(n_latent, **mlp)
         self.likelihood = Normal(sigma="unit").build(self.decoder.n_out, n_features)
         self.set_components(n_components)

@@ -3,7 +3,7 @@
 from sccvae._rows import SparseRows
 from sccvae.nn.adversarial import virtual_adversarial_penalty
 from sccvae.nn.alignment import batch_discrepancy
-from sccvae.nn.conditions import ConditionedLinear, Conditions, new_columns, widen
+from sccvae.nn.conditions import ConditionedLinear, Conditions, Linear, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen_statistics
 
@@ -14,6 +14,7 @@ __all__ = [
     "Conditions",
     "GaussianEncoder",
     "GaussianNoise",
+    "Linear",
     "Masking",
     "SparseRows",
     "as_corruption",

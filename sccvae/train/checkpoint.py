@@ -89,7 +89,10 @@ class ResumableTraining(Checkpoint):
         with opened as file:
             header = json.loads((file.metadata() or {}).get("sccvae", "{}"))
             if header.get("format") != FORMAT:
-                msg = f"{self.path} has training format {header.get('format')}; this sccvae reads format {FORMAT}."
+                msg = (
+                    f"{self.path} has training format {header.get('format')}; this sccvae reads format {FORMAT}. "
+                    "Delete it, or choose another checkpoint_dir, to start anew."
+                )
                 raise ValueError(msg)
             other = {k: (v, self.settings.get(k)) for k, v in header["settings"].items() if v != self.settings.get(k)}
             if other:
