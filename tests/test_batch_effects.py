@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from scipy.stats import nbinom, norm
+from sklearn.linear_model import PoissonRegressor
 
 from sccvae import model as models
 from sccvae.data import Cells, CellStore, batch_moments
@@ -19,6 +21,7 @@ from sccvae.module import CVAE as Module
 from sccvae.module import GMVAE, VAE, Batch, anchored
 from sccvae.nn import batch_discrepancy
 from sccvae.nn.alignment import LEAST, WIDTHS
+from sccvae.train import batch_effects, effects
 
 FAST = {"accelerator": "cpu", "progress_bar": False}
 
@@ -122,7 +125,8 @@ def test_offsets_start_each_batch_at_its_data(family):
     by_batch = torch.tensor([[0.2, 0.3, 0.5, 0.0], [0.8, 0.1, 0.0, 0.1]])
     built = family("gene-batch", batch_offset=True).build(3, 4, 2)
     built.initialise(mean)
-    built.initialise_batches(by_batch, torch.full((2, 4), 3.0))
+    overall = built.scale_head.bias.detach().exp()
+    built.initialise_batches(((by_batch + overall / 20) / (overall * 1.05)).log(), torch.full((2, 4), 3.0))
     torch.testing.assert_close(built.log_theta.exp(), torch.full((2, 4), 6.0))
     h, batch = torch.zeros(2, 2, 3), torch.tensor([0, 1])
     rho = built(h, torch.ones(2, 1), batch).expression()
@@ -412,3 +416,80 @@ def test_a_new_batch_starts_between_the_known(cells):
     assert torch.equal(mapped.module.mixture.loc, model.module.mixture.loc)
     assert torch.equal(mapped.module.likelihood.offset[:2], old.offset)
     assert not torch.equal(mapped.module.likelihood.offset[2], old.offset.mean(0))
+
+
+def planted(n, share, *, seed=0, n_genes=300):
+    """Counts of three kinds in batches that hold them in these shares, with the true log factors of the batches."""
+    rng = np.random.default_rng(seed)
+    batch = np.sort(rng.integers(len(share), size=n))
+    kind = np.array([rng.choice(3, p=share[b]) for b in batch])
+    of_kind = np.exp(rng.normal(0, 1.2, (3, n_genes)) * (rng.random((3, n_genes)) < 0.25))
+    effect = rng.normal(0, 0.5, (len(share), n_genes))
+    rate = rng.lognormal(0, 1, n_genes) * of_kind[kind] * np.exp(effect[batch])
+    library = rng.lognormal(np.log(2000), 0.3, (n, 1))
+    x = rng.poisson(library * rate / rate.sum(1, keepdims=True)).astype(np.float32)
+    store = store_of(x, batch)
+    store.cells.library = x.sum(1, keepdims=True)
+    return store, batch, effect
+
+
+def centred(effect, x, batch):
+    """Apart from a constant of each batch, and from what all batches have in common."""
+    effect = effect - np.average(effect, axis=1, weights=x.mean(0))[:, None]
+    return effect - np.bincount(batch) / len(batch) @ effect
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_effects_of_batches_are_apart_from_their_composition(seed):
+    share = [[0.75, 0.2, 0.05], [0.2, 0.6, 0.2], [0.02, 0.23, 0.75]]
+    store, batch, effect = planted(1500, share, seed=seed)
+    x = store.cells.x
+    common = x.mean(0) > 0.5
+    truth = centred(effect, x, batch)[:, common]
+    proportion = np.stack([x[batch == b].sum(0) / x[batch == b].sum() for b in range(3)])
+    by_means = centred(np.log(proportion + 1e-6), x, batch)[:, common]
+    found = centred(batch_effects(store, 3), x, batch)[:, common]
+    error, error_of_means = ((np.square(f - truth).mean()) ** 0.5 for f in (found, by_means))
+    assert error < 0.12
+    assert error < error_of_means / 2
+
+
+def test_effects_are_those_of_a_poisson_regression(monkeypatch):
+    monkeypatch.setattr(effects, "PRIOR", 0.0)
+    store, batch, _ = planted(400, [[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], n_genes=12)
+    cells = store.cells
+    x, kind = sparse.csr_array(cells.x, dtype=float), np.arange(400) % 3
+    found = effects._factors(
+        x, cells.library.astype(float), *(effects._members(g, n) for g, n in ((batch, 2), (kind, 3)))
+    )
+    design = np.stack([kind == 0, kind == 1, kind == 2, batch == 1], axis=1).astype(float)
+    for gene in range(12):
+        rate = cells.x[:, gene] / cells.library[:, 0]
+        fit = PoissonRegressor(alpha=0, fit_intercept=False, tol=1e-9, max_iter=10_000)
+        fit.fit(design, rate / rate.mean(), sample_weight=cells.library[:, 0])
+        got = np.exp(found[1, gene] - found[0, gene])
+        np.testing.assert_allclose(got, np.exp(fit.coef_[3]), rtol=1e-3)
+
+
+def test_effects_of_an_empty_batch_and_of_silent_genes_are_none():
+    store, _, _ = planted(90, [[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], n_genes=20)
+    store.cells.x[:, 3] = 0
+    found = batch_effects(store, 3)
+    assert found.shape == (3, 20)
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[:, 3], 0, atol=1e-6)
+    assert np.isfinite(batch_effects(store.subset(np.arange(4)), 3)).all()
+
+
+def test_effects_are_the_same_of_sparse_and_dense_cells():
+    store, _, _ = planted(200, [[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], n_genes=40)
+    dense = batch_effects(store, 2)
+    store.cells.x = sparse.csr_matrix(store.cells.x)
+    np.testing.assert_array_equal(batch_effects(store, 2), dense)
+
+
+def test_effects_of_cells_that_are_all_alike_are_those_of_their_batches():
+    x = np.repeat([[1.0] * 10, [2.0] * 5 + [3.0] * 5], 50, axis=0)
+    assert np.isfinite(batch_effects(store_of(x, np.arange(100) // 50), 2)).all()
+    np.testing.assert_allclose(batch_effects(store_of(np.ones((100, 10)), np.arange(100) % 2), 2), 0, atol=1e-6)

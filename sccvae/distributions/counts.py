@@ -247,21 +247,19 @@ class NegativeBinomial(_CountLikelihood):
         return theta + (("offset",) if self.settings["batch_offset"] else ())
 
     @torch.no_grad()
-    def initialise_batches(self, mean: Tensor, theta: Tensor) -> None:
-        """Start what belongs to a batch at its data; to be called after :meth:`initialise`.
+    def initialise_batches(self, effect: Tensor, theta: Tensor) -> None:
+        """Start what belongs to a batch at its data.
 
         Parameters
         ----------
-        mean
-            Mean proportion of each gene in each batch, (n_batch, G).
+        effect
+            Log factor by which each batch multiplies each gene, (n_batch, G).
         theta
             Inverse dispersion by the method of moments, (n_batch, G), positive. Twice this is where it starts, since
             part of a gene's variance is what z will explain.
         """
         if "offset" in self.batchwise:
-            overall = self.scale_head.bias.exp()
-            # A twentieth of the overall mean is added: a gene without a count in a batch may still be there.
-            self.offset.copy_(((mean + overall / 20) / (overall * 1.05)).log())
+            self.offset.copy_(effect)
         if "log_theta" in self.batchwise:
             self.log_theta.copy_((2 * theta).log())
 

@@ -32,7 +32,7 @@ from sccvae.data import (
 )
 from sccvae.model._saving import SavingMixin
 from sccvae.module import Batch, GenerativeModule
-from sccvae.train import TrainingResult, fit
+from sccvae.train import TrainingResult, batch_effects, fit
 
 logger = logging.getLogger(__name__)
 
@@ -295,8 +295,9 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         if hasattr(self.module.likelihood, "depth"):
             self.module.likelihood.depth.fill_(float(np.median(cells.library)))
         if self.module.likelihood.batchwise:
-            moments = batch_moments(store, self.schema.n_categories[0])
-            self.module.likelihood.initialise_batches(*map(torch.from_numpy, moments))
+            n_batch = self.schema.n_categories[0]
+            found = batch_effects(store, n_batch), batch_moments(store, n_batch)[1]
+            self.module.likelihood.initialise_batches(*map(torch.from_numpy, found))
         if hasattr(self.module, "conditions"):
             self.module.conditions.standardise(torch.from_numpy(cells.covariates))
 

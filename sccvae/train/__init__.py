@@ -2,6 +2,7 @@
 
 from sccvae.train.callbacks import BestWeights, CellsBar, progress
 from sccvae.train.deep_clustering import TargetDistribution, fit_deep_clustering
+from sccvae.train.effects import batch_effects
 from sccvae.train.fit import TrainingResult, fit
 from sccvae.train.mixture import MixtureResult, fit_mixture
 from sccvae.train.plan import TrainingPlan
@@ -15,6 +16,7 @@ __all__ = [
     "TargetDistribution",
     "TrainingPlan",
     "TrainingResult",
+    "batch_effects",
     "default_max_epochs",
     "fit",
     "fit_deep_clustering",
