@@ -478,6 +478,8 @@ def test_effects_of_an_empty_batch_and_of_silent_genes_are_none():
     assert found.shape == (3, 20)
     assert found.dtype == np.float32
     assert np.isfinite(found).all()
+    assert found[:2].std() > 0.1
+    assert (found[2] == 0).all()
     np.testing.assert_allclose(found[:, 3], 0, atol=1e-6)
     assert np.isfinite(batch_effects(store.subset(np.arange(4)), 3)).all()
 

@@ -140,4 +140,6 @@ def _factors(
         of_kind = np.divide(by_kind, expected, out=np.zeros_like(expected), where=expected > 0)
         expected = depth @ of_kind
         factor = np.divide(by_batch + prior, expected + prior, out=np.ones_like(expected), where=expected + prior > 0)
-    return np.log(factor / (share @ factor))
+    factor = factor / (share @ factor)
+    factor[share == 0] = 1
+    return np.log(factor)
