@@ -14,12 +14,13 @@ from scipy.stats import nbinom, norm
 from sklearn.linear_model import PoissonRegressor
 
 from sccvae import model as models
+from sccvae._rows import SparseRows
 from sccvae.data import Cells, CellStore, batch_moments
 from sccvae.distributions import ZINB, NegativeBinomial, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
 from sccvae.module import GMVAE, VAE, Batch, anchored
-from sccvae.nn import batch_discrepancy
+from sccvae.nn import CellKinds, batch_discrepancy
 from sccvae.nn.alignment import LEAST, WIDTHS
 from sccvae.train import batch_effects, effects
 
@@ -448,7 +449,7 @@ def test_effects_of_batches_are_apart_from_their_composition(seed):
     truth = centred(effect, x, batch)[:, common]
     proportion = np.stack([x[batch == b].sum(0) / x[batch == b].sum() for b in range(3)])
     by_means = centred(np.log(proportion + 1e-6), x, batch)[:, common]
-    found = centred(batch_effects(store, 3), x, batch)[:, common]
+    found = centred(batch_effects(store, 3)[0], x, batch)[:, common]
     error, error_of_means = ((np.square(f - truth).mean()) ** 0.5 for f in (found, by_means))
     assert error < 0.12
     assert error < error_of_means / 2
@@ -474,24 +475,123 @@ def test_effects_are_those_of_a_poisson_regression(monkeypatch):
 def test_effects_of_an_empty_batch_and_of_silent_genes_are_none():
     store, _, _ = planted(90, [[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], n_genes=20)
     store.cells.x[:, 3] = 0
-    found = batch_effects(store, 3)
+    found, _ = batch_effects(store, 3)
     assert found.shape == (3, 20)
     assert found.dtype == np.float32
     assert np.isfinite(found).all()
     assert found[:2].std() > 0.1
     assert (found[2] == 0).all()
     np.testing.assert_allclose(found[:, 3], 0, atol=1e-6)
-    assert np.isfinite(batch_effects(store.subset(np.arange(4)), 3)).all()
+    assert np.isfinite(batch_effects(store.subset(np.arange(4)), 3)[0]).all()
 
 
 def test_effects_are_the_same_of_sparse_and_dense_cells():
     store, _, _ = planted(200, [[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], n_genes=40)
-    dense = batch_effects(store, 2)
+    dense, kinds = batch_effects(store, 2)
+    x = torch.from_numpy(store.cells.x).log1p()
     store.cells.x = sparse.csr_matrix(store.cells.x)
-    np.testing.assert_array_equal(batch_effects(store, 2), dense)
+    found, of_sparse = batch_effects(store, 2)
+    np.testing.assert_array_equal(found, dense)
+    batch = torch.from_numpy(store.cells.codes[:, 0])
+    probabilities = kinds(x, batch)
+    torch.testing.assert_close(of_sparse(SparseRows.of(x), batch), probabilities)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(200))
 
 
 def test_effects_of_cells_that_are_all_alike_are_those_of_their_batches():
     x = np.repeat([[1.0] * 10, [2.0] * 5 + [3.0] * 5], 50, axis=0)
-    assert np.isfinite(batch_effects(store_of(x, np.arange(100) // 50), 2)).all()
-    np.testing.assert_allclose(batch_effects(store_of(np.ones((100, 10)), np.arange(100) % 2), 2), 0, atol=1e-6)
+    assert np.isfinite(batch_effects(store_of(x, np.arange(100) // 50), 2)[0]).all()
+    alike, kinds = batch_effects(store_of(np.ones((100, 10)), np.arange(100) % 2), 2)
+    np.testing.assert_allclose(alike, 0, atol=1e-6)
+    assert kinds is None
+
+
+def shares_by_kind(kinds, store, kind):
+    """Mean probability of each kind that was found, by batch and planted kind: (batches, planted, K)."""
+    depth = np.median(store.cells.library)
+    x = torch.from_numpy(store.cells.x * (depth / store.cells.library)).log1p()
+    batch = store.cells.codes[:, 0]
+    found = kinds(x, torch.from_numpy(batch)).numpy()
+    return np.array([[found[(batch == b) & (kind == k)].mean(0) for k in np.unique(kind)] for b in np.unique(batch)])
+
+
+def test_kinds_are_the_same_in_all_batches_though_a_batch_changes_one_kind_more():
+    """Kind 0 answers batch 1 with genes of its own, as a type answers a treatment."""
+    rng = np.random.default_rng(5)
+    n, n_genes = 1200, 300
+    batch, kind = np.arange(n) % 2, rng.integers(3, size=n)
+    log_rate = rng.normal(0, 1.2, (3, n_genes)) * (rng.random((3, n_genes)) < 0.2)
+    answer = rng.normal(0, 1.0, n_genes) * (rng.random(n_genes) < 0.15)
+    rate = rng.lognormal(0, 1, n_genes) * np.exp(log_rate[kind] + answer * ((batch == 1) & (kind == 0))[:, None])
+    rate *= np.exp(rng.normal(0, 0.4, (2, n_genes)))[batch]
+    store = store_of(rng.poisson(2000 * rate / rate.sum(1, keepdims=True)), batch)
+    shares = shares_by_kind(batch_effects(store, 2)[1], store, kind)
+    overlap = np.minimum(shares[0], shares[1]).sum(-1)  # of a planted kind, between the batches
+    assert (overlap > 0.6).all()
+    assert np.minimum(shares[:, [0, 0, 1]], shares[:, [1, 2, 2]]).sum(-1).max() < 0.05  # kinds do not mix
+
+
+def test_a_kind_of_one_batch_has_its_own():
+    store, batch, _ = planted(900, [[0.5, 0.5, 0.0], [0.4, 0.3, 0.3]], seed=2)
+    kinds = batch_effects(store, 2)[1]
+    rng = np.random.default_rng(2)  # as `planted` drew them
+    rng.integers(2, size=900)
+    kind = np.array([rng.choice(3, p=[[0.5, 0.5, 0.0], [0.4, 0.3, 0.3]][b]) for b in batch])
+    depth = np.median(store.cells.library)
+    x = torch.from_numpy(store.cells.x * (depth / store.cells.library)).log1p()
+    found = kinds(x, torch.from_numpy(batch)).numpy()
+    private, others = found[kind == 2].mean(0), found[batch == 0].mean(0)
+    assert np.minimum(private, others).sum() < 0.05
+
+
+def test_kinds_are_bayes_rule():
+    axes, centers = torch.randn(5, 2), torch.randn(2, 3, 2)
+    centers[1, 2] = torch.inf  # not in this batch
+    x, batch = torch.rand(6, 5), torch.arange(6) % 2
+    found = CellKinds(axes, centers, 0.5)(x, batch).numpy()
+    z = (x @ axes).numpy()
+    for i, b in enumerate(batch):
+        density = np.array([norm.pdf(z[i], c, 0.5**0.5).prod() for c in centers[b].numpy()])
+        np.testing.assert_allclose(found[i], density / density.sum(), rtol=1e-4)
+    assert (found[1::2, 2] == 0).all()
+
+
+def test_discrepancy_within_kinds_is_its_definition():
+    """With kinds that are certain: of each batch and kind the plain discrepancy, by pairs."""
+    torch.manual_seed(7)
+    z, batch, kind = torch.randn(30, 3, dtype=torch.float64), torch.arange(30) % 2, (torch.arange(30) // 2) % 3
+    batch[kind == 2] = 0  # of one batch alone: compared with nothing
+    kinds = torch.nn.functional.one_hot(kind, 3).double()
+    expected = 0.0
+    for b in (0, 1):
+        for k in (0, 1):
+            here = kind == k
+            one = float(batch_discrepancy(z[here], (batch[here] == b).long(), 2))  # two sides, each weighs its share
+            share = min(float(kinds[side][:, k].mean()) for side in (batch == b, batch != b))
+            expected += share * float((batch == b).sum()) / 30 * one
+    assert float(batch_discrepancy(z, batch, 2, kinds, within=True)) == pytest.approx(expected, rel=1e-9)
+    alike = torch.ones(30, 1, dtype=torch.float64)
+    torch.testing.assert_close(batch_discrepancy(z, batch, 2, alike, within=True), batch_discrepancy(z, batch, 2))
+
+
+def test_a_model_aligns_the_kinds_of_its_data_also_after_loading(cells, tmp_path):
+    CVAE.setup_anndata(cells, batch_key="batch")
+    model = CVAE(cells, n_latent=2, n_hidden=4)
+    kinds = model.module.alignment.kinds
+    assert kinds.axes.shape[0] == cells.n_vars
+    module, store = model.module.train(), model._store(None)
+    batch = Batch(**store.gather(np.arange(60)))
+    torch.manual_seed(0)
+    found = module.loss(batch)[1]["alignment"]
+    torch.manual_seed(0)
+    z = module.draw(module.inference(batch))["z"][0]
+    x = module.likelihood.encoder_input(batch.dense, batch.library)
+    of_data = kinds(x, batch.batch_index)
+    wanted = module.alignment.weight * batch_discrepancy(z, batch.batch_index, 2, of_data, within=True)
+    torch.testing.assert_close(found, wanted)
+    model.save(tmp_path / "model")
+    loaded = CVAE.load(tmp_path / "model", adata=cells)
+    loaded.train(max_epochs=1, **FAST)
+    torch.testing.assert_close(loaded.module.alignment.kinds.centers, kinds.centers)
+    for options in ({"alignment": 0}, {"likelihood": "nb"}):
+        assert CVAE(cells, n_latent=2, n_hidden=4, **options).module.alignment.kinds is None

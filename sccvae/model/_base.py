@@ -233,7 +233,13 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
 
     def _fit(self, store: CellStore, **options: Any) -> TrainingResult:
         """Train the module on ``train_indices``: where a model that trains in phases comes in."""
+        self._find_kinds(store)
         return fit(self.module, store, self.train_indices, self.validation_indices, **options)
+
+    def _find_kinds(self, store: CellStore) -> None:
+        """Kinds of cells for the alignment, of a model that was loaded: its files do not hold them."""
+        if self._aligns_kinds and self.module.alignment.kinds is None:
+            self.module.alignment.kinds = batch_effects(store, self.schema.n_categories[0])[1]
 
     def _training_store(self, data: str = "auto") -> CellStore:
         if self.adata is None:
@@ -296,10 +302,19 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             self.module.likelihood.depth.fill_(float(np.median(cells.library)))
         if self.module.likelihood.batchwise:
             n_batch = self.schema.n_categories[0]
-            found = batch_effects(store, n_batch), batch_moments(store, n_batch)[1]
-            self.module.likelihood.initialise_batches(*map(torch.from_numpy, found))
+            effect, kinds = batch_effects(store, n_batch)
+            theta = batch_moments(store, n_batch)[1]
+            self.module.likelihood.initialise_batches(*map(torch.from_numpy, (effect, theta)))
+            if self._aligns_kinds:
+                self.module.alignment.kinds = kinds
         if hasattr(self.module, "conditions"):
             self.module.conditions.standardise(torch.from_numpy(cells.covariates))
+
+    @property
+    def _aligns_kinds(self) -> bool:
+        """Whether training compares batches kind by kind: kinds are told from counts at the median depth."""
+        alignment, settings = getattr(self.module, "alignment", None), self.module.likelihood.settings
+        return alignment is not None and alignment.weight > 0 and settings.get("depth_free", False)
 
     def _rows(self, adata: AnnData | None, indices: Sequence[int] | None) -> np.ndarray:
         n = self._given(adata).n_obs

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sccvae.distributions import Likelihood, as_likelihood
 from sccvae.module._base import Batch, GenerativeModule
-from sccvae.nn import batch_discrepancy
+from sccvae.module._input import encoder_input
+from sccvae.nn import CellKinds, batch_discrepancy
 
 #: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
 BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "depth_free": True}
@@ -46,6 +47,8 @@ class Alignment:
 
     Attributes
     ----------
+    kinds
+        Kinds of cells that were found in the data; None if there are none: then the kinds are those of z.
     anchor
         Gives draws z (m, d) and the probabilities of their kinds, to align the batches with as well; None for none.
 
@@ -62,6 +65,7 @@ class Alignment:
             msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
         self.weight, self.n_batch = weight if n_batch else 0.0, n_batch
+        self.kinds: CellKinds | None = None
         self.anchor: Callable[[int], tuple[Tensor, Tensor | None]] | None = None
         self._noted: tuple[Tensor, Tensor | None] | None = None
 
@@ -70,7 +74,7 @@ class Alignment:
         if self.weight:
             self._noted = z, None if kinds is None else kinds.detach()
 
-    def penalty(self, batch: Batch, late: float) -> dict[str, Tensor]:
+    def penalty(self, batch: Batch, late: float, likelihood: Likelihood) -> dict[str, Tensor]:
         """``alignment`` of the noted draws, which are forgotten; nothing if there are none."""
         noted, self._noted = self._noted, None
         if noted is None:
@@ -84,6 +88,9 @@ class Alignment:
             z, index = torch.cat([z, z_p]), torch.cat([index, torch.full_like(index, n_batch)])
             n_batch += 1
             kinds = None if kinds is None else torch.cat([kinds, kinds_p])
+        elif self.kinds is not None:
+            of_data = self.kinds(encoder_input(likelihood, batch), index)
+            return {"alignment": late * self.weight * batch_discrepancy(z, index, n_batch, of_data, within=True)}
         return {"alignment": late * self.weight * batch_discrepancy(z, index, n_batch, kinds)}
 
 

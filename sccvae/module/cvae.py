@@ -189,4 +189,4 @@ class CVAE(LatentVariableModule):
 
     def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
-        return self.alignment.penalty(batch, late)
+        return self.alignment.penalty(batch, late, self.likelihood)

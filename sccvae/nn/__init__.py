@@ -2,7 +2,7 @@
 
 from sccvae._rows import SparseRows
 from sccvae.nn.adversarial import virtual_adversarial_penalty
-from sccvae.nn.alignment import batch_discrepancy
+from sccvae.nn.alignment import CellKinds, batch_discrepancy
 from sccvae.nn.conditions import ConditionedLinear, Conditions, Linear, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
 from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen_statistics
@@ -10,6 +10,7 @@ from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen
 __all__ = [
     "ACTIVATIONS",
     "MLP",
+    "CellKinds",
     "ConditionedLinear",
     "Conditions",
     "GaussianEncoder",

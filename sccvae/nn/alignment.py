@@ -1,19 +1,56 @@
-"""How far the batches lie apart in a latent space: the maximum mean discrepancy."""
+"""How far the batches lie apart in a latent space: the maximum mean discrepancy, and the kinds of cells it compares."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sccvae._rows import SparseRows
+
 #: Squared widths of the Gaussian kernels, in units of the dimension: a standard normal has a mean square of 2 there.
 WIDTHS = (0.5, 1.0, 2.0, 4.0)
 #: Least weight of a cell of a kind that only one side holds: batches cannot stay apart by being kinds of their own.
 LEAST = 0.1
+#: Cells of a kind on each side, as a sum of probabilities, from which on they are compared: two, nearly.
+FEWEST = 1.5
 
 
-def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class CellKinds:
+    """Kinds of cells that are known before training: where each lies in each batch.
+
+    Attributes
+    ----------
+    axes
+        Directions among the genes, (G, d) floating.
+    centers
+        Mean of each kind in each batch on these axes, (n_batch, K, d) floating; infinite where the batch has none.
+    variance
+        Of a cell around its centre, on each axis.
+    """
+
+    axes: Tensor
+    centers: Tensor
+    variance: float
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor | SparseRows, batch: Tensor) -> Tensor:
+        """Probability of each kind, (n, K), for cells x (n, G) on the scale of the axes, and their batches (n,).
+
+        By Bayes' rule, for normals of one variance around the centres in the cell's batch, all as likely beforehand.
+        """
+        axes, centers = self.axes.to(x.device), self.centers.to(x.device)
+        z = x.linear(axes, axes.new_zeros(axes.shape[1])) if isinstance(x, SparseRows) else x.to(axes.dtype) @ axes
+        distance = (z[:, None] - centers[batch]).square().sum(-1)
+        return (distance / (-2 * self.variance)).softmax(-1)
+
+
+def batch_discrepancy(
+    z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | None = None, *, within: bool = False
+) -> Tensor:
     """Squared maximum mean discrepancy between each batch and all others, averaged over the cells.
 
     MMD^2(A, B) = E k(a, a') + E k(b, b') - 2 E k(a, b), estimated without bias (so it can be below zero), with k the
@@ -25,6 +62,10 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
     batch that holds other kinds of cells, or more of one, is hardly drawn to what the others hold. Hardly: each of
     these factors f is LEAST + (1 - LEAST) f.
 
+    ``within`` kinds only cells of the same kind are compared: the sum over k of min(a_k, b_k) MMD^2(A_k, B_k), in which
+    a cell counts by its probability of k. For kinds that do not move with z: by kinds of z the batches could stay
+    apart as kinds of their own.
+
     Parameters
     ----------
     z
@@ -35,6 +76,8 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
         Number of batches.
     kinds
         Probabilities of the kinds of each, (n, K), without gradient; None compares all cells with all.
+    within
+        Compare cells of the same kind alone.
 
     Returns
     -------
@@ -46,7 +89,8 @@ def batch_discrepancy(z: Tensor, batch: Tensor, n_batch: int, kinds: Tensor | No
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     with torch.autocast(z.device.type, enabled=False):  # the parts all but cancel
-        weight = _weights(batch, n_batch, None if kinds is None else kinds.to(z.dtype), z.dtype)
+        find = _weights_within if within else _weights
+        weight = find(batch, n_batch, None if kinds is None else kinds.to(z.dtype), z.dtype)
         return _SumOfKernels.apply(z, weight)
 
 
@@ -66,7 +110,23 @@ def _weights(batch: Tensor, n_batch: int, kinds: Tensor | None, dtype: torch.dty
             for side, share in ((own, a), (rest, b))
         )
         overlap = LEAST + (1 - LEAST) * both.sum(0)
-    each = enough * overlap * size / n  # (n_batch,)
+    return _of_sides(own, rest, enough * overlap * size / n)
+
+
+@torch.no_grad()
+def _weights_within(batch: Tensor, n_batch: int, kinds: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same, of cells of the same kind: a discrepancy for each batch and kind."""
+    n = len(batch)
+    of_batch = torch.nn.functional.one_hot(batch, n_batch).to(dtype)
+    own, rest = ((side[:, :, None] * kinds[:, None]).flatten(1) for side in (of_batch, 1 - of_batch))  # (n, n_batch K)
+    size = of_batch.sum(0).repeat_interleave(kinds.shape[1])
+    share, share_rest = own.sum(0) / size.clamp(min=1), rest.sum(0) / (n - size).clamp(min=1)
+    enough = (own.sum(0) > FEWEST) & (rest.sum(0) > FEWEST)
+    return _of_sides(own, rest, enough * torch.minimum(share, share_rest) * size / n)
+
+
+def _of_sides(own: Tensor, rest: Tensor, each: Tensor) -> Tensor:
+    """Sum of discrepancies between two sides, weights (n, m) each, times ``each`` (m,): (n, n)."""
     within = (own * (each / _pairs(own))) @ own.T + (rest * (each / _pairs(rest))) @ rest.T
     between = (own * (each / (own.sum(0) * rest.sum(0)).clamp(min=1e-6))) @ rest.T
     return (within - between - between.T).fill_diagonal_(0)

@@ -1,22 +1,27 @@
-"""What each batch does to each gene, before anything is learned, apart from which kinds of cells it holds."""
+"""What each batch does to each gene, and which cells of the batches are of a kind, before anything is learned."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, svds
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
 
 from sccvae.data import CellStore
+from sccvae.nn import CellKinds
 
 #: Cells that are looked at, evenly spaced over all.
-MOST_CELLS = 10_000
+MOST_CELLS = 5_000
 #: Kinds of cells at most, and cells for each at least; principal components that they are found in, and how often: the
 #: first time from cells without what neighbours differ by, then without the effects found so far.
 KINDS, CELLS_A_KIND, N_COMPONENTS, ROUNDS = 10, 30, 30, 3
-#: Neighbours of a cell in another batch, and largest batches that each batch is compared with.
-NEIGHBORS, MOST_BATCHES = 20, 10
+#: Neighbours of a cell in another batch, as a share of its cells and within these bounds; largest batches that each
+#: batch is compared with; and how often cells are moved to their neighbours.
+NEIGHBOR_SHARE, NEIGHBORS, MOST_BATCHES, MOVES = 0.05, (3, 20), 10, 3
 #: Weight of "no effect" against a gene's counts in a batch, as a share of its counts in the average batch: what is rare
 #: in a batch, or what only a kind has that the batch has not, says little.
 PRIOR = 1 / 400
@@ -24,13 +29,16 @@ PRIOR = 1 / 400
 SWEEPS = 30
 
 
-def batch_effects(store: CellStore, n_batch: int) -> np.ndarray:
-    """Log factor by which each batch multiplies each gene.
+def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds | None]:
+    """Log factor by which each batch multiplies each gene, and the kinds of cells.
 
     Means of batches alone would take a kind of cell that one batch has more of for an effect on the genes of that kind.
     So kinds are found first: by k-means in principal components, after the mean difference of mutual nearest neighbours
     was taken out. The counts of a gene are then a product, Poisson(library size x a factor of the kind x a factor of
     the batch), fitted by its margins (iterative proportional fitting). A kind of a single batch says nothing about it.
+
+    A treatment that changes one type of cell more than the others still parts that type. The kinds that are returned
+    are found once more, after each cell was moved by what the mutual nearest neighbours around it differ by.
 
     Parameters
     ----------
@@ -41,7 +49,8 @@ def batch_effects(store: CellStore, n_batch: int) -> np.ndarray:
 
     Returns
     -------
-    (n_batch, G) float32. Over all counts a gene's factors have the mean one; a batch without cells has ones.
+    (n_batch, G) float32: over all counts a gene's factors have the mean one; a batch without cells has ones. And the
+    kinds, None if there are too few cells for two of them.
 
     References
     ----------
@@ -54,14 +63,17 @@ def batch_effects(store: CellStore, n_batch: int) -> np.ndarray:
     library = np.maximum(library, 1e-12)
     batches = _members(batch, n_batch)
     n_kinds = int(np.clip(len(rows) // CELLS_A_KIND, 1, KINDS))
-    kinds = _members(np.zeros(len(rows), np.int64), 1)
-    if n_kinds > 1 and min(x.shape) > 2:
-        y = x.multiply(np.median(library) / library).tocsr().log1p()
-        added = _between_neighbors(y, batch, n_batch)
-        for _ in range(ROUNDS):
-            kinds = _kinds(_components(y, batches, added), n_kinds)
-            added = _additive(y, batches, kinds)
-    return _factors(x, library, batches, kinds).astype(np.float32)
+    if n_kinds == 1 or min(x.shape) <= 2:
+        return _factors(x, library, batches, _members(np.zeros(len(rows), np.int64), 1)).astype(np.float32), None
+    y = x.multiply(np.median(store.cells.library) / library).tocsr().log1p()
+    added = _between_neighbors(y, batch, n_batch)
+    for _ in range(ROUNDS):
+        z, _ = _components(y, batches, added)
+        kinds = _kinds(z, n_kinds)
+        added = _additive(y, batches, kinds)
+    effects = _factors(x, library, batches, kinds).astype(np.float32)
+    z, axes = _components(y, batches, added)
+    return effects, _centred(y @ axes, batches, _kinds(_joined(z, batch, n_batch), n_kinds), axes)
 
 
 def _members(group: np.ndarray, n: int) -> sparse.csr_array:
@@ -75,6 +87,20 @@ def _kinds(z: np.ndarray, n: int) -> sparse.csr_array:
     return _members(KMeans(n, n_init=3, random_state=0).fit_predict(z), n)
 
 
+def _mutual(
+    z: np.ndarray, batch: np.ndarray, n_batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, sparse.csr_array]]:
+    """Pairs of batches: cells of the one and of the other, and which are neighbours of each other in z (ones)."""
+    members = [np.flatnonzero(batch == b) for b in range(n_batch)]
+    largest = np.argsort([-len(m) for m in members], kind="stable")[:MOST_BATCHES]
+    search = {b: NearestNeighbors().fit(z[members[b]]) for b in range(n_batch) if len(members[b])}
+    n = {b: min(len(members[b]), int(np.clip(NEIGHBOR_SHARE * len(members[b]), *NEIGHBORS))) for b in search}
+    for a, b in sorted({(min(a, b), max(a, b)) for a in largest for b in search if a != b and a in search}):
+        near_b = search[b].kneighbors_graph(z[members[a]], n[b])
+        near_a = search[a].kneighbors_graph(z[members[b]], n[a])
+        yield members[a], members[b], sparse.csr_array(near_b).multiply(near_a.T).tocsr()
+
+
 def _between_neighbors(y: sparse.csr_array, batch: np.ndarray, n_batch: int) -> np.ndarray:
     """What each batch adds to each gene (n_batch, G), by cells of two batches that are neighbours of each other.
 
@@ -84,17 +110,11 @@ def _between_neighbors(y: sparse.csr_array, batch: np.ndarray, n_batch: int) -> 
     length = np.sqrt(y.multiply(y).sum(1))
     unit = y.multiply(1 / np.maximum(length, 1e-12)[:, None]).tocsr()
     everything = _members(np.zeros(len(batch), np.int64), 1)
-    z = _components(unit, everything, np.zeros((1, y.shape[1])))
-    members = [np.flatnonzero(batch == b) for b in range(n_batch)]
-    largest = np.argsort([-len(m) for m in members], kind="stable")[:MOST_BATCHES]
+    z, _ = _components(unit, everything, np.zeros((1, y.shape[1])))
     inner, outer = np.zeros((n_batch, n_batch)), np.zeros((n_batch, y.shape[1]))
-    search = {b: NearestNeighbors().fit(z[members[b]]) for b in range(n_batch) if len(members[b])}
-    for a, b in sorted({(min(a, b), max(a, b)) for a in largest for b in search if a != b and a in search}):
-        of_a, of_b = members[a], members[b]
-        near_b = search[b].kneighbors_graph(z[of_a], min(NEIGHBORS, len(of_b)))
-        near_a = search[a].kneighbors_graph(z[of_b], min(NEIGHBORS, len(of_a)))
-        mutual = sparse.csr_array(near_b).multiply(near_a.T)  # (cells of a, cells of b)
+    for of_a, of_b, mutual in _mutual(z, batch, n_batch):
         if mutual.nnz:
+            a, b = batch[of_a[0]], batch[of_b[0]]
             difference = (y[of_a].T @ mutual.sum(1) - y[of_b].T @ mutual.sum(0)) / mutual.nnz
             weight = min(len(of_a), len(of_b))
             inner[[a, b], [a, b]] += weight
@@ -102,6 +122,43 @@ def _between_neighbors(y: sparse.csr_array, batch: np.ndarray, n_batch: int) -> 
             outer[a] += weight * difference
             outer[b] -= weight * difference
     return np.linalg.lstsq(inner, outer, rcond=None)[0]
+
+
+def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
+    """Cells z (n, d), each moved by what the mutual nearest neighbours around it in its batch differ by from theirs.
+
+    The mean over the other batches, weighed by their cells: the batches meet in the middle.
+    """
+    for _ in range(MOVES):
+        move, weight = np.zeros_like(z), np.bincount(batch, minlength=n_batch)[batch].astype(float)
+        for of_a, of_b, mutual in _mutual(z, batch, n_batch):
+            for own, other, pairs in ((of_a, of_b, mutual), (of_b, of_a, mutual.T.tocsr())):
+                weight[own] += len(other)
+                degree = pairs.sum(1)
+                paired = np.flatnonzero(degree)
+                if len(paired):
+                    difference = (pairs[paired] @ z[other]) / degree[paired, None] - z[own[paired]]
+                    n = min(len(paired), int(np.clip(NEIGHBOR_SHARE * len(own), *NEIGHBORS)))
+                    search = NearestNeighbors(n_neighbors=n).fit(z[own[paired]])
+                    around = search.kneighbors(z[own], return_distance=False)
+                    move[own] += len(other) * difference[around].mean(1)
+        z = z + move / weight[:, None]
+    return z
+
+
+def _centred(z: np.ndarray, batches: sparse.csr_array, kinds: sparse.csr_array, axes: np.ndarray) -> CellKinds | None:
+    """The kinds by the mean of each in each batch, for cells z (n, d) on the axes (G, d); None for a single kind."""
+    if kinds.shape[1] < 2:
+        return None
+    size = (batches.T @ kinds).toarray()  # (n_batch, K)
+    centers = np.full((*size.shape, z.shape[1]), np.inf)
+    left = np.square(z).sum()
+    for k in range(size.shape[1]):
+        sums, here = batches.multiply(kinds[:, [k]]).T @ z, size[:, k] > 0
+        centers[here, k] = sums[here] / size[here, k, None]
+        left -= (size[here, k, None] * np.square(centers[here, k])).sum()
+    variance = max(left, 1e-6) / z.size
+    return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, centers)), float(variance))
 
 
 def _additive(y: sparse.csr_array, batches: sparse.csr_array, kinds: sparse.csr_array) -> np.ndarray:
@@ -112,8 +169,8 @@ def _additive(y: sparse.csr_array, batches: sparse.csr_array, kinds: sparse.csr_
     return added - batches.mean(0) @ added
 
 
-def _components(y: sparse.csr_array, batches: sparse.csr_array, added: np.ndarray) -> np.ndarray:
-    """Principal components of y (n, G), without what the batches add (n_batch, G): (n, components)."""
+def _components(y: sparse.csr_array, batches: sparse.csr_array, added: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components of y (n, G), without what the batches add (n_batch, G): (n, d), and their axes (G, d)."""
     shift = added + (y.mean(0) - batches.mean(0) @ added)
     operator = LinearOperator(
         y.shape,
@@ -122,8 +179,8 @@ def _components(y: sparse.csr_array, batches: sparse.csr_array, added: np.ndarra
         dtype=np.float64,
     )
     start = np.random.default_rng(0).standard_normal(min(y.shape))
-    u, s, _ = svds(operator, k=min(N_COMPONENTS, min(y.shape) - 1), v0=start, tol=1e-2)
-    return u * s
+    u, s, axes = svds(operator, k=min(N_COMPONENTS, min(y.shape) - 1), v0=start, tol=1e-2)
+    return u * s, axes.T
 
 
 def _factors(
