@@ -577,7 +577,7 @@ def test_discrepancy_within_kinds_is_its_definition():
 def test_a_model_aligns_the_kinds_of_its_data_also_after_loading(cells, tmp_path):
     CVAE.setup_anndata(cells, batch_key="batch")
     model = CVAE(cells, n_latent=2, n_hidden=4)
-    kinds = model.module.alignment.kinds
+    kinds = model.module.kinds
     assert kinds.axes.shape[0] == cells.n_vars
     module, store = model.module.train(), model._store(None)
     batch = Batch(**store.gather(np.arange(60)))
@@ -592,6 +592,6 @@ def test_a_model_aligns_the_kinds_of_its_data_also_after_loading(cells, tmp_path
     model.save(tmp_path / "model")
     loaded = CVAE.load(tmp_path / "model", adata=cells)
     loaded.train(max_epochs=1, **FAST)
-    torch.testing.assert_close(loaded.module.alignment.kinds.centers, kinds.centers)
+    torch.testing.assert_close(loaded.module.kinds.centers, kinds.centers)
     for options in ({"alignment": 0}, {"likelihood": "nb"}):
-        assert CVAE(cells, n_latent=2, n_hidden=4, **options).module.alignment.kinds is None
+        assert CVAE(cells, n_latent=2, n_hidden=4, **options).module.kinds is None

@@ -85,7 +85,8 @@ def test_all_inputs_or_less_than_none_cannot_be_dropped(level):
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "genes", "level"), [("nb", 300, 0.5), ("nb", 299, 0), ("normal", 300, 0), ("poisson", 2000, 0.5)]
+    ("likelihood", "genes", "level"),
+    [("nb", 300, 0.5), ("nb", 299, 0), ("normal", 800, 0), ("nb", 699, 0.5), ("poisson", 2000, 0.6)],
 )
 def test_counts_of_many_genes_are_dropped_by_default(likelihood, genes, level):
     assert VAE(genes, likelihood=likelihood).input_dropout.level == level

@@ -238,8 +238,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
 
     def _find_kinds(self, store: CellStore) -> None:
         """Kinds of cells for the alignment, of a model that was loaded: its files do not hold them."""
-        if self._aligns_kinds and self.module.alignment.kinds is None:
-            self.module.alignment.kinds = batch_effects(store, self.schema.n_categories[0])[1]
+        if self._aligns_kinds and self.module.kinds is None:
+            self.module.kinds = batch_effects(store, self.schema.n_categories[0])[1]
 
     def _training_store(self, data: str = "auto") -> CellStore:
         if self.adata is None:
@@ -306,15 +306,15 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             theta = batch_moments(store, n_batch)[1]
             self.module.likelihood.initialise_batches(*map(torch.from_numpy, (effect, theta)))
             if self._aligns_kinds:
-                self.module.alignment.kinds = kinds
+                self.module.kinds = kinds
         if hasattr(self.module, "conditions"):
             self.module.conditions.standardise(torch.from_numpy(cells.covariates))
 
     @property
     def _aligns_kinds(self) -> bool:
         """Whether training compares batches kind by kind: kinds are told from counts at the median depth."""
-        alignment, settings = getattr(self.module, "alignment", None), self.module.likelihood.settings
-        return alignment is not None and alignment.weight > 0 and settings.get("depth_free", False)
+        settings = self.module.likelihood.settings
+        return hasattr(self.module, "kinds") and self.module.has_late_penalty and settings.get("depth_free", False)
 
     def _rows(self, adata: AnnData | None, indices: Sequence[int] | None) -> np.ndarray:
         n = self._given(adata).n_obs

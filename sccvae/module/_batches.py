@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sccvae.distributions import Likelihood, as_likelihood
 from sccvae.module._base import Batch, GenerativeModule
-from sccvae.module._input import encoder_input
-from sccvae.nn import CellKinds, batch_discrepancy
+from sccvae.nn import batch_discrepancy
 
 #: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
 BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "depth_free": True}
@@ -47,8 +46,6 @@ class Alignment:
 
     Attributes
     ----------
-    kinds
-        Kinds of cells that were found in the data; None if there are none: then the kinds are those of z.
     anchor
         Gives draws z (m, d) and the probabilities of their kinds, to align the batches with as well; None for none.
 
@@ -65,7 +62,6 @@ class Alignment:
             msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
         self.weight, self.n_batch = weight if n_batch else 0.0, n_batch
-        self.kinds: CellKinds | None = None
         self.anchor: Callable[[int], tuple[Tensor, Tensor | None]] | None = None
         self._noted: tuple[Tensor, Tensor | None] | None = None
 
@@ -74,8 +70,11 @@ class Alignment:
         if self.weight:
             self._noted = z, None if kinds is None else kinds.detach()
 
-    def penalty(self, batch: Batch, late: float, likelihood: Likelihood) -> dict[str, Tensor]:
-        """``alignment`` of the noted draws, which are forgotten; nothing if there are none."""
+    def penalty(self, batch: Batch, late: float, of_data: Tensor | None = None) -> dict[str, Tensor]:
+        """``alignment`` of the noted draws, which are forgotten; nothing if there are none.
+
+        ``of_data`` are probabilities (n, K) of kinds that do not move with z: only cells of the same are then compared.
+        """
         noted, self._noted = self._noted, None
         if noted is None:
             return {}
@@ -88,10 +87,9 @@ class Alignment:
             z, index = torch.cat([z, z_p]), torch.cat([index, torch.full_like(index, n_batch)])
             n_batch += 1
             kinds = None if kinds is None else torch.cat([kinds, kinds_p])
-        elif self.kinds is not None:
-            of_data = self.kinds(encoder_input(likelihood, batch), index)
-            return {"alignment": late * self.weight * batch_discrepancy(z, index, n_batch, of_data, within=True)}
-        return {"alignment": late * self.weight * batch_discrepancy(z, index, n_batch, kinds)}
+        within = of_data is not None and self.anchor is None
+        distance = batch_discrepancy(z, index, n_batch, of_data if within else kinds, within=within)
+        return {"alignment": late * self.weight * distance}
 
 
 @contextmanager

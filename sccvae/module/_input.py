@@ -11,6 +11,9 @@ from sccvae.module._base import Batch
 #: Genes from which on counts are dropped by default. In a panel of few each tells what no other does: of simulated
 #: cells the held-out ELBO gains 6 nats with 400 genes, and loses 2 with 150 or 60, where z then misses the types.
 MANY_GENES = 300
+#: Shares dropped, from so many genes on. Of 1,000 simulated genes expression corrected for the batch agrees with the truth
+#: at r = 0.993, 0.985, 0.988 (three seeds) with 0.6, in place of 0.979, 0.969, 0.974; of 400 at 0.961 in place of 0.971.
+SHARES = {700: 0.6, MANY_GENES: 0.5}
 
 
 def encoder_input(likelihood: Likelihood, batch: Batch) -> Tensor | SparseRows:
@@ -55,9 +58,10 @@ class InputDropout(nn.Module):
 
     @classmethod
     def of(cls, level: float | None, support: str, n_features: int) -> InputDropout:
-        """The one asked for; for None half of the counts (by ``support``) of many genes are dropped, else nothing."""
+        """The one asked for; for None half or more of the counts (by ``support``) of many genes, else nothing."""
         if level is None:
-            level = 0.5 if support == "counts" and n_features >= MANY_GENES else 0.0
+            enough = (share for n, share in SHARES.items() if support == "counts" and n_features >= n)
+            level = next(enough, 0.0)
         return cls(level)
 
     def forward(self, x: Tensor | SparseRows) -> Tensor | SparseRows:

@@ -14,7 +14,7 @@ from sccvae.module._base import Batch, LatentVariableModule, standard_normal
 from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import InputDropout, encoder_input
-from sccvae.nn import MLP, Conditions, GaussianEncoder, check_sizes
+from sccvae.nn import MLP, CellKinds, Conditions, GaussianEncoder, check_sizes
 
 
 class Mixture(nn.Module):
@@ -78,6 +78,12 @@ class CVAE(LatentVariableModule):
         the decoder knows a batch, else with a dispersion for each gene.
     n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout
         As for :class:`sccvae.module.VAE`.
+
+    Attributes
+    ----------
+    kinds
+        Kinds of cells that were found in the data (``sccvae.train.batch_effects``): the alignment compares batches kind
+        by kind. None: by the normals of the mixture, or all cells.
 
     Raises
     ------
@@ -146,6 +152,7 @@ class CVAE(LatentVariableModule):
         self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
         self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support, n_features)
         self.alignment = Alignment(alignment, n_batch, n_features)
+        self.kinds: CellKinds | None = None
 
     def c(self, batch: Batch) -> Tensor:
         """The vector of conditions, (n, C)."""
@@ -189,4 +196,7 @@ class CVAE(LatentVariableModule):
 
     def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
-        return self.alignment.penalty(batch, late, self.likelihood)
+        kinds = None
+        if self.kinds is not None and self.training and late:
+            kinds = self.kinds(encoder_input(self.likelihood, batch), batch.batch_index)
+        return self.alignment.penalty(batch, late, kinds)

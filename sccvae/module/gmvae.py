@@ -325,7 +325,7 @@ class GMVAE(EvidenceModule):
 
         Miyato et al. 2018, equation 6.
         """
-        aligned = self.alignment.penalty(batch, late, self.likelihood)
+        aligned = self.alignment.penalty(batch, late)
         if self.stage not in self.PENALTY or not self.consistency or not self.classifier_sees_x:
             return aligned
         length, every = self.PENALTY[self.stage]

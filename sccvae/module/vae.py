@@ -35,7 +35,8 @@ class VAE(LatentVariableModule):
         As for :class:`sccvae.nn.MLP`.
     input_dropout
         Probability of dropping an input of the encoder while training: it learns less of the noise of few cells by
-        heart, and z holds less of it. None for 0.5 for counts of at least 300 genes, else 0.
+        heart, and z holds less of it. None for 0.6 for counts of at least 700 genes, 0.5 of at
+        least 300, else 0.
     """
 
     factors = Factorization(p="p(x|z) p(z)", q="q(z|x)")

@@ -19,9 +19,11 @@ MOST_CELLS = 5_000
 #: Kinds of cells at most, and cells for each at least; principal components that they are found in, and how often: the
 #: first time from cells without what neighbours differ by, then without the effects found so far.
 KINDS, CELLS_A_KIND, N_COMPONENTS, ROUNDS = 10, 30, 30, 3
-#: Neighbours of a cell in another batch, as a share of its cells and within these bounds; largest batches that each
-#: batch is compared with; and how often cells are moved to their neighbours.
-NEIGHBOR_SHARE, NEIGHBORS, MOST_BATCHES, MOVES = 0.05, (3, 20), 10, 3
+#: Neighbours of a cell in another batch, and largest batches that each batch is compared with.
+NEIGHBORS, MOST_BATCHES = 20, 10
+#: Where cells are moved one by one, neighbours are at most this share of a batch, and three: a small batch has few of a
+#: kind. And how often they are moved.
+NEIGHBOR_SHARE, FEWEST_NEIGHBORS, MOVES = 0.05, 3, 3
 #: Weight of "no effect" against a gene's counts in a batch, as a share of its counts in the average batch: what is rare
 #: in a batch, or what only a kind has that the batch has not, says little.
 PRIOR = 1 / 400
@@ -88,17 +90,21 @@ def _kinds(z: np.ndarray, n: int) -> sparse.csr_array:
 
 
 def _mutual(
-    z: np.ndarray, batch: np.ndarray, n_batch: int
+    z: np.ndarray, batch: np.ndarray, n_batch: int, share: float = 1.0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, sparse.csr_array]]:
     """Pairs of batches: cells of the one and of the other, and which are neighbours of each other in z (ones)."""
     members = [np.flatnonzero(batch == b) for b in range(n_batch)]
     largest = np.argsort([-len(m) for m in members], kind="stable")[:MOST_BATCHES]
     search = {b: NearestNeighbors().fit(z[members[b]]) for b in range(n_batch) if len(members[b])}
-    n = {b: min(len(members[b]), int(np.clip(NEIGHBOR_SHARE * len(members[b]), *NEIGHBORS))) for b in search}
+    n = {b: _n_neighbors(len(members[b]), share) for b in search}
     for a, b in sorted({(min(a, b), max(a, b)) for a in largest for b in search if a != b and a in search}):
         near_b = search[b].kneighbors_graph(z[members[a]], n[b])
         near_a = search[a].kneighbors_graph(z[members[b]], n[a])
         yield members[a], members[b], sparse.csr_array(near_b).multiply(near_a.T).tocsr()
+
+
+def _n_neighbors(n_cells: int, share: float) -> int:
+    return min(n_cells, int(np.clip(share * n_cells, FEWEST_NEIGHBORS, NEIGHBORS)))
 
 
 def _between_neighbors(y: sparse.csr_array, batch: np.ndarray, n_batch: int) -> np.ndarray:
@@ -131,14 +137,14 @@ def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
     """
     for _ in range(MOVES):
         move, weight = np.zeros_like(z), np.bincount(batch, minlength=n_batch)[batch].astype(float)
-        for of_a, of_b, mutual in _mutual(z, batch, n_batch):
+        for of_a, of_b, mutual in _mutual(z, batch, n_batch, NEIGHBOR_SHARE):
             for own, other, pairs in ((of_a, of_b, mutual), (of_b, of_a, mutual.T.tocsr())):
                 weight[own] += len(other)
                 degree = pairs.sum(1)
                 paired = np.flatnonzero(degree)
                 if len(paired):
                     difference = (pairs[paired] @ z[other]) / degree[paired, None] - z[own[paired]]
-                    n = min(len(paired), int(np.clip(NEIGHBOR_SHARE * len(own), *NEIGHBORS)))
+                    n = min(len(paired), _n_neighbors(len(own), NEIGHBOR_SHARE))
                     search = NearestNeighbors(n_neighbors=n).fit(z[own[paired]])
                     around = search.kneighbors(z[own], return_distance=False)
                     move[own] += len(other) * difference[around].mean(1)
