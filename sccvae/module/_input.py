@@ -11,8 +11,9 @@ from sccvae.module._base import Batch
 #: Genes from which on counts are dropped by default. In a panel of few each tells what no other does: of simulated
 #: cells the held-out ELBO gains 6 nats with 400 genes, and loses 2 with 150 or 60, where z then misses the types.
 MANY_GENES = 300
-#: Shares dropped, from so many genes on. Of 1,000 simulated genes expression corrected for the batch agrees with the truth
-#: at r = 0.993, 0.985, 0.988 (three seeds) with 0.6, in place of 0.979, 0.969, 0.974; of 400 at 0.961 in place of 0.971.
+#: Shares dropped, from so many genes on. Of 1,000 simulated genes expression corrected for the batch agrees with the
+#: truth at r = 0.993, 0.985, 0.988 (three seeds) with 0.6, in place of 0.979, 0.969, 0.974; of 400 at 0.961 in place of
+#: 0.971.
 SHARES = {700: 0.6, MANY_GENES: 0.5}
 
 
