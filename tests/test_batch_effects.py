@@ -554,6 +554,33 @@ def test_kinds_are_bayes_rule():
         density = np.array([norm.pdf(z[i], c, 0.5**0.5).prod() for c in centers[b].numpy()])
         np.testing.assert_allclose(found[i], density / density.sum(), rtol=1e-4)
     assert (found[1::2, 2] == 0).all()
+    kinds = CellKinds(axes, centers, 0.5)
+    assert kinds.to("cpu") is kinds
+    moved = kinds.to("meta")
+    assert moved.axes.is_meta
+    assert moved.centers.is_meta
+    assert moved(x.to("meta"), batch.to("meta")).shape == (6, 3)
+
+
+def test_cells_of_a_batch_without_centers_are_compared_with_nothing():
+    axes, centers = torch.randn(5, 2), torch.randn(3, 2, 2)
+    centers[2] = torch.inf  # so small a batch that none of its cells was looked at
+    batch = torch.arange(30) % 3
+    kinds = CellKinds(axes, centers, 0.5)(torch.rand(30, 5), batch)
+    assert (kinds[batch == 2] == 0).all()
+    z = torch.randn(30, 4, requires_grad=True)
+    batch_discrepancy(z, batch, 3, kinds, within=True).backward()
+    assert torch.isfinite(z.grad).all()
+    assert (z.grad[batch == 2] == 0).all()
+
+
+def test_every_batch_is_looked_at_whatever_the_order_of_the_cells(monkeypatch):
+    monkeypatch.setattr(effects, "MOST_CELLS", 100)
+    for batch in (np.arange(400) % 4, np.arange(400) // 100):
+        rows = effects._some(batch)
+        assert (np.bincount(batch[rows]) == 25).all()
+        assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(effects._some(np.arange(90) % 2), np.arange(90))
 
 
 def test_discrepancy_within_kinds_is_its_definition():

@@ -198,5 +198,6 @@ class CVAE(LatentVariableModule):
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
         kinds = None
         if self.kinds is not None and self.training and late:
+            self.kinds = self.kinds.to(self.device)
             kinds = self.kinds(encoder_input(self.likelihood, batch), batch.batch_index)
         return self.alignment.penalty(batch, late, kinds)

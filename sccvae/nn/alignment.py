@@ -36,16 +36,23 @@ class CellKinds:
     centers: Tensor
     variance: float
 
+    def to(self, device: torch.device | str) -> CellKinds:
+        """The same on a device."""
+        same = self.axes.device == torch.device(device)
+        return self if same else CellKinds(self.axes.to(device), self.centers.to(device), self.variance)
+
     @torch.no_grad()
     def __call__(self, x: Tensor | SparseRows, batch: Tensor) -> Tensor:
         """Probability of each kind, (n, K), for cells x (n, G) on the scale of the axes, and their batches (n,).
 
         By Bayes' rule, for normals of one variance around the centres in the cell's batch, all as likely beforehand.
+        Zero of all in a batch without centres.
         """
-        axes, centers = self.axes.to(x.device), self.centers.to(x.device)
+        axes, centers = self.axes, self.centers
         z = x.linear(axes, axes.new_zeros(axes.shape[1])) if isinstance(x, SparseRows) else x.to(axes.dtype) @ axes
         distance = (z[:, None] - centers[batch]).square().sum(-1)
-        return (distance / (-2 * self.variance)).softmax(-1)
+        some = torch.isfinite(centers[..., 0]).any(1)[batch, None]
+        return (distance / (-2 * self.variance)).where(some, 0).softmax(-1) * some
 
 
 def batch_discrepancy(

@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from sccvae.data import CellStore
 from sccvae.nn import CellKinds
 
-#: Cells that are looked at, evenly spaced over all.
+#: Cells that are looked at, of each batch its share at random.
 MOST_CELLS = 5_000
 #: Kinds of cells at most, and cells for each at least; principal components that they are found in, and how often: the
 #: first time from cells without what neighbours differ by, then without the effects found so far.
@@ -59,7 +59,7 @@ def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds
     Haghverdi, Lun, Morgan, Marioni 2018, Nature Biotechnology 36 (mutual nearest neighbours). Deming & Stephan 1940,
     On a least squares adjustment of a sampled frequency table, Annals of Mathematical Statistics.
     """
-    rows = np.arange(0, len(store), -(-len(store) // MOST_CELLS))
+    rows = _some(store.cells.codes[:, 0])
     x = sparse.csr_array(store.cells.x[rows], dtype=np.float64)
     library, batch = store.cells.library[rows].astype(np.float64), store.cells.codes[rows, 0]
     library = np.maximum(library, 1e-12)
@@ -76,6 +76,12 @@ def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds
     effects = _factors(x, library, batches, kinds).astype(np.float32)
     z, axes = _components(y, batches, added)
     return effects, _centred(y @ axes, batches, _kinds(_joined(z, batch, n_batch), n_kinds), axes)
+
+
+def _some(batch: np.ndarray) -> np.ndarray:
+    """Rows of the cells that are looked at, in order."""
+    by_batch = np.lexsort((np.random.default_rng(0).random(len(batch)), batch))
+    return np.sort(by_batch[:: -(-len(batch) // MOST_CELLS)])
 
 
 def _members(group: np.ndarray, n: int) -> sparse.csr_array:
