@@ -49,7 +49,8 @@ class CellKinds:
         Zero of all in a batch without centres.
         """
         axes, centers = self.axes, self.centers
-        z = x.linear(axes, axes.new_zeros(axes.shape[1])) if isinstance(x, SparseRows) else x.to(axes.dtype) @ axes
+        with torch.autocast(x.device.type, enabled=False):  # distances would lose their digits
+            z = x.linear(axes, axes.new_zeros(axes.shape[1])) if isinstance(x, SparseRows) else x.to(axes.dtype) @ axes
         distance = (z[:, None] - centers[batch]).square().sum(-1)
         some = torch.isfinite(centers[..., 0]).any(1)[batch, None]
         return (distance / (-2 * self.variance)).where(some, 0).softmax(-1) * some
@@ -84,7 +85,7 @@ def batch_discrepancy(
     kinds
         Probabilities of the kinds of each, (n, K), without gradient; None compares all cells with all.
     within
-        Compare cells of the same kind alone.
+        Compare cells of the same kind alone; needs ``kinds``.
 
     Returns
     -------
