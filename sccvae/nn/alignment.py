@@ -14,46 +14,47 @@ from sccvae._rows import SparseRows
 WIDTHS = (0.5, 1.0, 2.0, 4.0)
 #: Least weight of a cell of a kind that only one side holds: batches cannot stay apart by being kinds of their own.
 LEAST = 0.1
-#: Cells of a kind on each side, as a sum of probabilities, from which on they are compared: two, nearly.
+#: Cells of a kind on each side, as a sum of weights, from which on they are compared: two, nearly.
 FEWEST = 1.5
 
 
 @dataclass(frozen=True)
 class CellKinds:
-    """Kinds of cells that are known before training: where each lies in each batch.
+    """Kinds of cells that are known before training, and which of their cells other batches hold as well.
 
     Attributes
     ----------
     axes
         Directions among the genes, (G, d) floating.
-    centers
-        Mean of each kind in each batch on these axes, (n_batch, K, d) floating; infinite where the batch has none.
-    variance
-        Of a cell around its centre, on each axis.
+    landmarks
+        Points that stand for the cells around them in each batch, on these axes, (n_batch, L, d) floating; infinite
+        beyond the last of a batch.
+    weights
+        How far the cells there are of each kind, times how far other batches hold such cells, (n_batch, L, K) in
+        [0, 1].
     """
 
     axes: Tensor
-    centers: Tensor
-    variance: float
+    landmarks: Tensor
+    weights: Tensor
 
     def to(self, device: torch.device | str) -> CellKinds:
         """The same on a device."""
-        same = self.axes.device == torch.device(device)
-        return self if same else CellKinds(self.axes.to(device), self.centers.to(device), self.variance)
+        if self.axes.device == torch.device(device):
+            return self
+        return CellKinds(self.axes.to(device), self.landmarks.to(device), self.weights.to(device))
 
     @torch.no_grad()
     def __call__(self, x: Tensor | SparseRows, batch: Tensor) -> Tensor:
-        """Probability of each kind, (n, K), for cells x (n, G) on the scale of the axes, and their batches (n,).
+        """Weight of each kind, (n, K), for cells x (n, G) on the scale of the axes, and their batches (n,).
 
-        By Bayes' rule, for normals of one variance around the centres in the cell's batch, all as likely beforehand.
-        Zero of all in a batch without centres.
+        Those of the nearest landmark in the cell's batch; zero of all in a batch without one.
         """
-        axes, centers = self.axes, self.centers
+        axes = self.axes
         with torch.autocast(x.device.type, enabled=False):  # distances would lose their digits
             z = x.linear(axes, axes.new_zeros(axes.shape[1])) if isinstance(x, SparseRows) else x.to(axes.dtype) @ axes
-        distance = (z[:, None] - centers[batch]).square().sum(-1)
-        some = torch.isfinite(centers[..., 0]).any(1)[batch, None]
-        return (distance / (-2 * self.variance)).where(some, 0).softmax(-1) * some
+        nearest = (z[:, None] - self.landmarks[batch]).square().sum(-1).argmin(1)
+        return self.weights[batch, nearest]
 
 
 def batch_discrepancy(
@@ -71,8 +72,8 @@ def batch_discrepancy(
     these factors f is LEAST + (1 - LEAST) f.
 
     ``within`` kinds only cells of the same kind are compared: the sum over k of min(a_k, b_k) MMD^2(A_k, B_k), in which
-    a cell counts by its probability of k. For kinds that do not move with z: by kinds of z the batches could stay
-    apart as kinds of their own.
+    a cell counts by its weight for k. For kinds that do not move with z: by kinds of z the batches could stay apart as
+    kinds of their own.
 
     Parameters
     ----------
@@ -83,7 +84,8 @@ def batch_discrepancy(
     n_batch
         Number of batches.
     kinds
-        Probabilities of the kinds of each, (n, K), without gradient; None compares all cells with all.
+        Probabilities of the kinds of each, (n, K), or weights with sums below one; without gradient. None compares all
+        cells with all.
     within
         Compare cells of the same kind alone; needs ``kinds``.
 

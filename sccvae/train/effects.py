@@ -24,6 +24,8 @@ NEIGHBORS, MOST_BATCHES = 20, 10
 #: Where cells are moved one by one, neighbours are at most this share of a batch, and three: a small batch has few of a
 #: kind. And how often they are moved.
 NEIGHBOR_SHARE, FEWEST_NEIGHBORS, MOVES = 0.05, 3, 3
+#: Cells around one among which others are looked for; landmarks in a batch at most, and cells for each at least.
+NEAREST, LANDMARKS, CELLS_A_LANDMARK = 30, 64, 8
 #: Weight of "no effect" against a gene's counts in a batch, as a share of its counts in the average batch: what is rare
 #: in a batch, or what only a kind has that the batch has not, says little.
 PRIOR = 1 / 400
@@ -40,7 +42,8 @@ def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds
     the batch), fitted by its margins (iterative proportional fitting). A kind of a single batch says nothing about it.
 
     A treatment that changes one type of cell more than the others still parts that type. The kinds that are returned
-    are found once more, after each cell was moved by what the mutual nearest neighbours around it differ by.
+    are found once more, after each cell was moved by what the mutual nearest neighbours around it differ by. Where only
+    one batch has cells then, others have none of that sort, whatever their kind: such cells weigh less.
 
     Parameters
     ----------
@@ -75,7 +78,12 @@ def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds
         added = _additive(y, batches, kinds)
     effects = _factors(x, library, batches, kinds).astype(np.float32)
     z, axes = _components(y, batches, added)
-    return effects, _centred(y @ axes, batches, _kinds(_joined(z, batch, n_batch), n_kinds), axes)
+    joined = _joined(z, batch, n_batch)
+    kinds = _kinds(joined, n_kinds)
+    if kinds.shape[1] == 1:
+        return effects, None
+    weight = kinds.toarray() * _shared(joined, batch, n_batch)[:, None]
+    return effects, _landmarks(y @ axes, batch, n_batch, weight, axes)
 
 
 def _some(batch: np.ndarray) -> np.ndarray:
@@ -158,19 +166,29 @@ def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
     return z
 
 
-def _centred(z: np.ndarray, batches: sparse.csr_array, kinds: sparse.csr_array, axes: np.ndarray) -> CellKinds | None:
-    """The kinds by the mean of each in each batch, for cells z (n, d) on the axes (G, d); None for a single kind."""
-    if kinds.shape[1] < 2:
-        return None
-    size = (batches.T @ kinds).toarray()  # (n_batch, K)
-    centers = np.full((*size.shape, z.shape[1]), np.inf)
-    left = np.square(z).sum()
-    for k in range(size.shape[1]):
-        sums, here = batches.multiply(kinds[:, [k]]).T @ z, size[:, k] > 0
-        centers[here, k] = sums[here] / size[here, k, None]
-        left -= (size[here, k, None] * np.square(centers[here, k])).sum()
-    variance = max(left, 1e-6) / z.size
-    return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, centers)), float(variance))
+def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
+    """How far other batches hold such cells as each of z (n, d), in which the batches are joined: (n,) in [0, 1].
+
+    Share of other batches among the cells nearest to it, as a share of theirs among all cells, squared: neighbours by
+    chance count for little.
+    """
+    near = NearestNeighbors(n_neighbors=min(NEAREST, len(z) // 8)).fit(z).kneighbors(return_distance=False)
+    others = 1 - np.bincount(batch, minlength=n_batch)[batch] / len(batch)
+    found = (batch[near] != batch[:, None]).mean(1)
+    return np.minimum(np.divide(found, others, out=np.zeros(len(z)), where=others > 0), 1) ** 2
+
+
+def _landmarks(z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarray, axes: np.ndarray) -> CellKinds:
+    """The kinds of cells z (n, d) on the axes (G, d), by means of the weights (n, K) over a few cells of a batch."""
+    points = np.full((n_batch, LANDMARKS, z.shape[1]), np.inf)
+    weights = np.zeros((n_batch, LANDMARKS, weight.shape[1]))
+    for b in range(n_batch):
+        rows = np.flatnonzero(batch == b)
+        if len(rows):
+            of = _kinds(z[rows], int(np.clip(len(rows) // CELLS_A_LANDMARK, 1, LANDMARKS)))
+            mean = (of / of.sum(0)).T.tocsr()
+            points[b, : mean.shape[0]], weights[b, : mean.shape[0]] = mean @ z[rows], mean @ weight[rows]
+    return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, points, weights)))
 
 
 def _additive(y: sparse.csr_array, batches: sparse.csr_array, kinds: sparse.csr_array) -> np.ndarray:
