@@ -19,6 +19,8 @@ BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "de
 #: tells against it grows with its features: at 200 a panel of 100 genes loses types, and a planted response of 30 genes
 #: is found worse (R2 0.963 in place of 0.983, the worst of five seeds).
 PER_FEATURE, MOST_FEATURES = 0.2, 1_000
+#: The same where kinds of cells are known beforehand: it draws together only what batches share.
+PER_FEATURE_WITHIN = 0.3
 
 
 def likelihood_of(likelihood: str | dict | Likelihood | None, n_batch: int | None) -> Likelihood:
@@ -38,11 +40,13 @@ class Alignment:
     Parameters
     ----------
     weight
-        In nats; 0 for none, None for the default.
+        In nats; 0 for none, None for ``per_feature`` times the features, at most 1,000 of them.
     n_batch
         Number of batches; None if the decoder does not know them: z must hold them then, and there is no penalty.
     n_features
         Number of features of x.
+    per_feature
+        In nats.
 
     Attributes
     ----------
@@ -55,9 +59,11 @@ class Alignment:
         If ``weight`` is negative.
     """
 
-    def __init__(self, weight: float | None, n_batch: int | None, n_features: int) -> None:
+    def __init__(
+        self, weight: float | None, n_batch: int | None, n_features: int, per_feature: float = PER_FEATURE
+    ) -> None:
         if weight is None:
-            weight = PER_FEATURE * min(n_features, MOST_FEATURES)
+            weight = per_feature * min(n_features, MOST_FEATURES)
         if weight < 0:
             msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
@@ -73,7 +79,7 @@ class Alignment:
     def penalty(self, batch: Batch, late: float, of_data: Tensor | None = None) -> dict[str, Tensor]:
         """``alignment`` of the noted draws, which are forgotten; nothing if there are none.
 
-        ``of_data`` are probabilities (n, K) of kinds that do not move with z: only cells of the same are then compared.
+        ``of_data`` are weights (n, K) for kinds that do not move with z: only cells of the same are then compared.
         """
         noted, self._noted = self._noted, None
         if noted is None:

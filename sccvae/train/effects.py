@@ -147,15 +147,21 @@ def _between_neighbors(y: sparse.csr_array, batch: np.ndarray, n_batch: int) -> 
 def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
     """Cells z (n, d), each moved by what the mutual nearest neighbours around it in its batch differ by from theirs.
 
-    The mean over the other batches, weighed by their cells: the batches meet in the middle.
+    The mean over the other batches, weighed by their cells: the batches meet in the middle. Cells that had no mutual
+    neighbour at first lead none: a group that others have not would be drawn in by its edge, move by move.
     """
-    for _ in range(MOVES):
+    leads = np.zeros(len(z), bool)
+    for i in range(MOVES):
         move, weight = np.zeros_like(z), np.bincount(batch, minlength=n_batch)[batch].astype(float)
-        for of_a, of_b, mutual in _mutual(z, batch, n_batch, NEIGHBOR_SHARE):
+        between = list(_mutual(z, batch, n_batch, NEIGHBOR_SHARE))
+        for of_a, of_b, mutual in between if i == 0 else ():
+            leads[of_a] |= mutual.sum(1) > 0
+            leads[of_b] |= mutual.sum(0) > 0
+        for of_a, of_b, mutual in between:
             for own, other, pairs in ((of_a, of_b, mutual), (of_b, of_a, mutual.T.tocsr())):
                 weight[own] += len(other)
                 degree = pairs.sum(1)
-                paired = np.flatnonzero(degree)
+                paired = np.flatnonzero((degree > 0) & leads[own])
                 if len(paired):
                     difference = (pairs[paired] @ z[other]) / degree[paired, None] - z[own[paired]]
                     n = min(len(paired), _n_neighbors(len(own), NEIGHBOR_SHARE))
