@@ -302,7 +302,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             self.module.likelihood.depth.fill_(float(np.median(cells.library)))
         if self.module.likelihood.batchwise:
             n_batch = self.schema.n_categories[0]
-            effect, kinds = batch_effects(store, n_batch)
+            effect, kinds = batch_effects(store, n_batch, with_kinds=self._aligns_kinds)
             theta = batch_moments(store, n_batch)[1]
             self.module.likelihood.initialise_batches(*map(torch.from_numpy, (effect, theta)))
             if self._aligns_kinds:

@@ -27,11 +27,11 @@ class CellKinds:
     axes
         Directions among the genes, (G, d) floating.
     landmarks
-        Points that stand for the cells around them in each batch, on these axes, (n_batch, L, d) floating; infinite
-        beyond the last of a batch.
+        Points that stand for the cells around them in each batch, on these axes, (n_batch, L, d) floating. A batch with
+        fewer repeats one.
     weights
         How far the cells there are of each kind, times how far other batches hold such cells, (n_batch, L, K) in
-        [0, 1].
+        [0, 1]; zeros for a batch without cells.
     """
 
     axes: Tensor
@@ -48,13 +48,14 @@ class CellKinds:
     def __call__(self, x: Tensor | SparseRows, batch: Tensor) -> Tensor:
         """Weight of each kind, (n, K), for cells x (n, G) on the scale of the axes, and their batches (n,).
 
-        Those of the nearest landmark in the cell's batch; zero of all in a batch without one.
+        Those of the nearest landmark in the cell's batch.
         """
-        axes = self.axes
+        axes, points = self.axes, self.landmarks
         with torch.autocast(x.device.type, enabled=False):  # distances would lose their digits
             z = x.linear(axes, axes.new_zeros(axes.shape[1])) if isinstance(x, SparseRows) else x.to(axes.dtype) @ axes
-        nearest = (z[:, None] - self.landmarks[batch]).square().sum(-1).argmin(1)
-        return self.weights[batch, nearest]
+            near = (z @ points.flatten(0, 1).T).view(len(z), *points.shape[:2])  # to all: cheaper than to gather own
+        near = near[torch.arange(len(z), device=z.device), batch] - points.square().sum(-1)[batch] / 2
+        return self.weights[batch, near.argmax(1)]
 
 
 def batch_discrepancy(

@@ -33,7 +33,9 @@ PRIOR = 1 / 400
 SWEEPS = 30
 
 
-def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds | None]:
+def batch_effects(
+    store: CellStore, n_batch: int, *, with_kinds: bool = True
+) -> tuple[np.ndarray, CellKinds | None]:
     """Log factor by which each batch multiplies each gene, and the kinds of cells.
 
     Means of batches alone would take a kind of cell that one batch has more of for an effect on the genes of that kind.
@@ -51,6 +53,8 @@ def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds
         The cells; the batch is their first condition.
     n_batch
         Number of batches.
+    with_kinds
+        Whether the kinds are wanted.
 
     Returns
     -------
@@ -77,6 +81,8 @@ def batch_effects(store: CellStore, n_batch: int) -> tuple[np.ndarray, CellKinds
         kinds = _kinds(z, n_kinds)
         added = _additive(y, batches, kinds)
     effects = _factors(x, library, batches, kinds).astype(np.float32)
+    if not with_kinds:
+        return effects, None
     z, axes = _components(y, batches, added)
     joined = _joined(z, batch, n_batch)
     kinds = _kinds(joined, n_kinds)
@@ -186,14 +192,13 @@ def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
 
 def _landmarks(z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarray, axes: np.ndarray) -> CellKinds:
     """The kinds of cells z (n, d) on the axes (G, d), by means of the weights (n, K) over a few cells of a batch."""
-    points = np.full((n_batch, LANDMARKS, z.shape[1]), np.inf)
-    weights = np.zeros((n_batch, LANDMARKS, weight.shape[1]))
+    points, weights = np.zeros((n_batch, LANDMARKS, z.shape[1])), np.zeros((n_batch, LANDMARKS, weight.shape[1]))
     for b in range(n_batch):
         rows = np.flatnonzero(batch == b)
         if len(rows):
             of = _kinds(z[rows], int(np.clip(len(rows) // CELLS_A_LANDMARK, 1, LANDMARKS)))
-            mean = (of / of.sum(0)).T.tocsr()
-            points[b, : mean.shape[0]], weights[b, : mean.shape[0]] = mean @ z[rows], mean @ weight[rows]
+            mean = (of / of.sum(0)).T.tocsr()[np.minimum(np.arange(LANDMARKS), of.shape[1] - 1)]
+            points[b], weights[b] = mean @ z[rows], mean @ weight[rows]
     return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, points, weights)))
 
 
