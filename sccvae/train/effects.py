@@ -33,9 +33,7 @@ PRIOR = 1 / 400
 SWEEPS = 30
 
 
-def batch_effects(
-    store: CellStore, n_batch: int, *, with_kinds: bool = True
-) -> tuple[np.ndarray, CellKinds | None]:
+def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) -> tuple[np.ndarray, CellKinds | None]:
     """Log factor by which each batch multiplies each gene, and the kinds of cells.
 
     Means of batches alone would take a kind of cell that one batch has more of for an effect on the genes of that kind.
