@@ -190,12 +190,13 @@ def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
 
 def _landmarks(z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarray, axes: np.ndarray) -> CellKinds:
     """The kinds of cells z (n, d) on the axes (G, d), by means of the weights (n, K) over a few cells of a batch."""
-    points, weights = np.zeros((n_batch, LANDMARKS, z.shape[1])), np.zeros((n_batch, LANDMARKS, weight.shape[1]))
+    n = np.clip(np.bincount(batch, minlength=n_batch) // CELLS_A_LANDMARK, 1, LANDMARKS)
+    points, weights = (np.zeros((n_batch, n.max(), a.shape[1])) for a in (z, weight))
     for b in range(n_batch):
         rows = np.flatnonzero(batch == b)
         if len(rows):
-            of = _kinds(z[rows], int(np.clip(len(rows) // CELLS_A_LANDMARK, 1, LANDMARKS)))
-            mean = (of / of.sum(0)).T.tocsr()[np.minimum(np.arange(LANDMARKS), of.shape[1] - 1)]
+            of = _kinds(z[rows], n[b])
+            mean = (of / of.sum(0)).T.tocsr()[np.minimum(np.arange(n.max()), of.shape[1] - 1)]
             points[b], weights[b] = mean @ z[rows], mean @ weight[rows]
     return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, points, weights)))
 
