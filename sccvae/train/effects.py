@@ -196,7 +196,7 @@ def _landmarks(z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarra
         rows = np.flatnonzero(batch == b)
         if len(rows):
             of = _kinds(z[rows], n[b])
-            mean = (of / of.sum(0)).T.tocsr()[np.minimum(np.arange(n.max()), of.shape[1] - 1)]
+            mean = (of / np.maximum(of.sum(0), 1)).T.tocsr()[np.minimum(np.arange(n.max()), of.shape[1] - 1)]
             points[b], weights[b] = mean @ z[rows], mean @ weight[rows]
     return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, points, weights)))
 
