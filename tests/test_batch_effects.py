@@ -171,6 +171,7 @@ def test_defaults_follow_the_plate():
     for n_features, weight in [(30, 6.0), (1_000, 200.0), (5_000, 200.0)]:
         assert GMVAE(n_features, 3, [2]).alignment.weight == weight
         assert Module(n_features, [2]).alignment.weight == pytest.approx(1.5 * weight)
+        assert Module(n_features, [2], likelihood="nb").alignment.weight == weight
     assert GMVAE(6, 3, [2], w_prior="learned").alignment.weight == GMVAE(6, 3).alignment.weight == 0.0
     with pytest.raises(ValueError, match="alignment=-1"):
         Module(6, [2], alignment=-1.0)
@@ -579,6 +580,22 @@ def test_kinds_are_those_of_the_nearest_landmark_of_the_batch():
     assert moved.axes.is_meta
     assert moved.landmarks.is_meta
     assert moved.weights.is_meta
+
+
+def test_landmarks_stand_for_the_cells_around_them():
+    """Batches of three sizes and an empty one: as many landmarks as the largest needs, those of the others repeated."""
+    rng = np.random.default_rng(0)
+    batch = np.repeat([0, 1, 2], [64, 16, 3])
+    z = rng.normal(size=(83, 2)) + 20 * np.eye(2)[np.arange(83) % 2]
+    weight = rng.random((83, 3))
+    kinds = effects._landmarks(z, batch, 4, weight, np.eye(2))
+    assert kinds.landmarks.shape == (4, 8, 2)
+    assert (kinds.weights[3] == 0).all()
+    found = kinds(torch.from_numpy(z.astype(np.float32)), torch.from_numpy(batch)).numpy()
+    np.testing.assert_allclose(found[80:], np.repeat(weight[80:].mean(0)[None], 3, 0), rtol=1e-5)
+    for group in (0, 1):  # of the second batch, two landmarks for cells far from each other
+        rows = np.flatnonzero((batch == 1) & (np.arange(83) % 2 == group))
+        np.testing.assert_allclose(found[rows], np.repeat(weight[rows].mean(0)[None], 8, 0), rtol=1e-5)
 
 
 def test_cells_of_a_batch_without_landmarks_are_compared_with_nothing():

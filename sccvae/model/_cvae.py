@@ -49,7 +49,8 @@ class CVAE(
         q(z|x,c) if true, else q(z|x).
     alignment
         Weight, in nats, of a penalty on the distance between the batches in z; not with the learned prior. 0 for
-        none; None for 0.3 for each gene, 300 from 1,000 genes on.
+        none; None for 0.3 for each gene, 300 from 1,000 genes on (0.2 and 200 with another ``likelihood`` than the
+        default).
     likelihood
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
         (without a batch, and with the learned prior: ``"nb"``).

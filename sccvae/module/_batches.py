@@ -19,7 +19,7 @@ BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "de
 #: tells against it grows with its features: at 200 a panel of 100 genes loses types, and a planted response of 30 genes
 #: is found worse (R2 0.963 in place of 0.983, the worst of five seeds).
 PER_FEATURE, MOST_FEATURES = 0.2, 1_000
-#: The same where kinds of cells are known beforehand: it draws together only what batches share.
+#: The same where kinds of cells are found beforehand (depth-free counts): it draws together only what batches share.
 PER_FEATURE_WITHIN = 0.3
 
 

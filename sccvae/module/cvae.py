@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Distribution, Independent, MixtureS
 
 from sccvae.distributions import Likelihood, Observation
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
-from sccvae.module._batches import PER_FEATURE_WITHIN, Alignment, likelihood_of
+from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import MLP, CellKinds, Conditions, GaussianEncoder, check_sizes
@@ -72,7 +72,7 @@ class CVAE(LatentVariableModule):
     alignment
         Weight, in nats, of the penalty on the distance between the batches in z (:func:`sccvae.nn.batch_discrepancy`);
         not with the learned prior. 0 for none: the loss is then the negative ELBO. None for 0.3 for each feature,
-        300 from 1,000 on.
+        300 from 1,000 on; 0.2 and 200 where the likelihood is not depth-free.
     likelihood
         p(x|z,c) or its name. None for the negative binomial: with an offset and a dispersion for each gene and batch if
         the decoder knows a batch, else with a dispersion for each gene.
@@ -151,7 +151,8 @@ class CVAE(LatentVariableModule):
         n_batch = self.conditions.n_categories[0] if n_categories and self.shared_prior else None
         self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
         self.input_dropout = InputDropout.of(input_dropout, self.likelihood.support, n_features)
-        self.alignment = Alignment(alignment, n_batch, n_features, PER_FEATURE_WITHIN)
+        per_feature = PER_FEATURE_WITHIN if self.likelihood.settings.get("depth_free", False) else PER_FEATURE
+        self.alignment = Alignment(alignment, n_batch, n_features, per_feature)
         self.kinds: CellKinds | None = None
 
     def c(self, batch: Batch) -> Tensor:
