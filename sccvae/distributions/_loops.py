@@ -183,48 +183,60 @@ def mark(at, counts, seen, value):
 
 
 @compiled(**FAST)
-def ratios(at, log_mu, log_theta, ratio, plus):
-    """The ratio mu / theta and log(1 + mu / theta) at the columns ``at`` (nnz,), in float64, first in their room."""
+def ones(at, counts, log_mu, log_theta, theta, plus, slope, gap):
+    """What the log mass of counts x > 0 needs at the columns ``at``, of all places (nnz,), by vectors in float64.
+
+    Fills a = log(mu / theta), then log(1 + mu / theta), into ``plus``; theta (x - mu) / (theta + mu) into ``slope``; the
+    difference of digammas for a count of one, 1 / theta, into ``gap``. Gives the sum of the log mass, short of the
+    number of ways to a count.
+    """
+    total = 0.0
     for k in range(len(at)):  # gathered first, so that the second loop runs on vectors
         plus[k] = np.float64(log_mu[at[k]]) - np.float64(log_theta[at[k]])
+        gap[k] = theta[at[k]]
     for k in range(len(at)):
-        a = plus[k]
+        a, t, count = plus[k], gap[k], np.float64(counts[k])
         e = exp_minus_double(abs(a))
-        ratio[k] = e if a < 0 else 1.0 / e
-        plus[k] = log1p_unit_double(e) + (0.0 if a <= 0 else a)
+        ratio = e if a < 0 else 1.0 / e
+        more = log1p_unit_double(e) + (0.0 if a <= 0 else a)
+        plus[k] = more
+        slope[k] = (count - t * ratio) / (1.0 + ratio)
+        gap[k] = 1.0 / t
+        total -= t * more + count * (more - a) if count > 0.0 else 0.0
+    return total
 
 
 @compiled()
-def nb_seen(at, counts, log_mu, log_theta, theta, d_mu, d_theta, ratio, plus):
+def nb_seen(at, counts, log_mu, log_theta, theta, d_mu, d_theta, plus, slope, gap):
     """Replace the derivatives of one cell where its count is above zero; the log mass, summed there.
 
-    ``at`` and ``counts`` (nnz,), all others (G,); the last two are room.
+    ``at`` and ``counts`` (nnz,), all others (G,); the last three are room.
     """
-    total = 0.0
-    ratios(at, log_mu, log_theta, ratio, plus)
+    total, product = ones(at, counts, log_mu, log_theta, theta, plus, slope, gap), 1.0
     for m in range(len(at)):
         if not counts[m] > 0:  # a zero that was stored
             continue
         j = at[m]
-        count = np.float64(counts[m])
-        t, u = theta[j], np.float64(log_theta[j])
-        a = np.float64(log_mu[j]) - u
+        count, t, differ = np.float64(counts[m]), theta[j], gap[m]
         if count == 1.0:
-            ways, gap = u, 1.0 / t
+            total += np.float64(log_theta[j])
         elif count <= SMALL and count == math.floor(count):
-            ways, gap = 1.0, 0.0
-            for k in range(int(count)):
-                ways *= (t + k) / (k + 1.0)
-                gap += 1.0 / (t + k)
-            ways = math.log(ways)
+            ways, by_t, other = t, 1.0, 1.0  # theta (theta + 1) ..., its derivative, and the factorial
+            for k in range(1, int(count)):
+                by_t = by_t * (t + k) + ways
+                ways *= t + k
+                other *= k + 1.0
+            differ = by_t / ways
+            product *= ways / other
+            if not 1e-100 < product < 1e100:  # one logarithm for many counts
+                total += math.log(product)
+                product = 1.0
         else:
-            ways = math.lgamma(count + t) - math.lgamma(t) - math.lgamma(count + 1.0)
-            gap = digamma(count + t) - digamma(t)
-        total += ways - t * plus[m] - count * (plus[m] - a)
-        slope = (count - t * ratio[m]) / (1.0 + ratio[m])  # theta (x - mu) / (theta + mu)
-        d_mu[j] = slope
-        d_theta[j] = t * (gap - plus[m]) - slope
-    return total
+            total += math.lgamma(count + t) - math.lgamma(t) - math.lgamma(count + 1.0)
+            differ = digamma(count + t) - digamma(t)
+        d_mu[j] = slope[m]
+        d_theta[j] = t * (differ - plus[m]) - slope[m]
+    return total + math.log(product)
 
 
 @compiled(**FAST)
@@ -272,11 +284,12 @@ def to_scores(share, derivative):
 @compiled()
 def seen(starts, columns, counts, log_mu, log_theta, theta, own, d_mu, d_theta, total):
     """Add the log mass of counts that are not zero, in nats, to ``total`` and replace the derivatives there."""
-    ratio, plus = np.empty(log_mu.shape[1]), np.empty(log_mu.shape[1])
+    n = log_mu.shape[1]
+    plus, slope, gap = np.empty(n), np.empty(n), np.empty(n)
     for i in range(len(log_mu)):
         row, k = i % (len(starts) - 1), own[i]
         at, x = columns[starts[row] : starts[row + 1]], counts[starts[row] : starts[row + 1]]
-        total[i] += nb_seen(at, x, log_mu[i], log_theta[k], theta[k], d_mu[i], d_theta[i], ratio, plus)
+        total[i] += nb_seen(at, x, log_mu[i], log_theta[k], theta[k], d_mu[i], d_theta[i], plus, slope, gap)
 
 
 @compiled()
@@ -301,7 +314,7 @@ def cells(
 ):
     """Log mass in nats and its derivatives; float32 but ``theta_double``. Zero-inflated if ``logits`` is not empty."""
     n = scores.shape[1]
-    ratio, plus, is_seen = np.empty(n), np.empty(n), np.zeros(n, np.float32)
+    plus, slope, gap, is_seen = np.empty(n), np.empty(n), np.empty(n), np.zeros(n, np.float32)
     log_mu, share, over = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     for i in range(start, stop):
         row, k = i % (len(starts) - 1), own[i]
@@ -320,7 +333,7 @@ def cells(
         else:
             total[i] = nb_zeros(is_seen, log_mu, u, t, over, by_mu, by_theta)
         mark(at, x, is_seen, f(0.0))
-        total[i] += nb_seen(at, x, log_mu, u, theta_double[k], by_mu, by_theta, ratio, plus)
+        total[i] += nb_seen(at, x, log_mu, u, theta_double[k], by_mu, by_theta, plus, slope, gap)
         if len(top):
             to_scores(share, by_mu)
 
