@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,32 @@ def compiled(**more: Any) -> Any:
     return decorate
 
 
+#: What OpenMP calls in each of its threads.
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _team(process: int) -> Callable[..., None] | None:
+    """What runs a function in the OpenMP threads that torch has in this process; None where it has none to be found.
+
+    These stay awake between torch's operations: threads of our own would have to wait for a core, half of the time.
+    """
+    if process != _PROCESS:  # a fork: the threads of its parent are not there
+        return None
+    try:
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # also Intel's and LLVM's library have this name
+    except (AttributeError, OSError):  # torch does without OpenMP
+        return None
+    parallel.argtypes, parallel.restype = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
+
+
+_PROCESS = os.getpid()
+
+
 @cache
 def _pool(process: int, n: int) -> ThreadPoolExecutor:
-    """Threads of a process: those of a parent are not there after a fork."""
+    """Threads of a process where there is no team: those of a parent are not there after a fork."""
     del process
     return ThreadPoolExecutor(n, "sccvae-loops")
 
@@ -58,9 +82,28 @@ def in_threads(loop: Callable[..., Any], n_rows: int, n_values: int, *given: Any
     *given
         The other arguments of the loop.
     """
-    n = max(1, min(torch.get_num_threads(), n_rows, n_values // SHARE))
+    # All threads or one: OpenMP ends those that a smaller team does not need, and would start them anew.
+    n = min(torch.get_num_threads(), n_rows) if n_values >= 2 * SHARE else 1
+    if n < 2:
+        loop(0, n_rows, *given)
+        return
     parts = list(pairwise(n_rows * i // n for i in range(n + 1)))
-    others = [_pool(os.getpid(), n).submit(loop, *part, *given) for part in parts[:-1]]
-    loop(*parts[-1], *given)
-    for other in others:
-        other.result()
+    failed: list[BaseException] = []
+
+    def body(_: int | None) -> None:
+        try:
+            while parts:  # more than one where OpenMP gave fewer threads
+                loop(*parts.pop(), *given)
+        except BaseException as error:  # of any kind, Ctrl-C too: raised below, where the user sees it
+            failed.append(error)
+
+    team = _team(os.getpid())
+    if team is not None:
+        team(_BODY(body), None, n, 0)
+    else:
+        others = [_pool(os.getpid(), n - 1).submit(body, None) for _ in parts[1:]]
+        body(None)
+        for other in others:
+            other.result()
+    if failed:
+        raise failed[0]

@@ -186,9 +186,8 @@ def mark(at, counts, seen, value):
 def ones(at, counts, log_mu, log_theta, theta, plus, slope, gap):
     """What the log mass of counts x > 0 needs at the columns ``at``, of all places (nnz,), by vectors in float64.
 
-    Fills a = log(mu / theta), then log(1 + mu / theta), into ``plus``; theta (x - mu) / (theta + mu) into ``slope``; the
-    difference of digammas for a count of one, 1 / theta, into ``gap``. Gives the sum of the log mass, short of the
-    number of ways to a count.
+    Fills log(1 + mu / theta) into ``plus``; theta (x - mu) / (theta + mu) into ``slope``; the difference of digammas
+    for a count of one, 1 / theta, into ``gap``. Gives the sum of the log mass, short of the number of ways to a count.
     """
     total = 0.0
     for k in range(len(at)):  # gathered first, so that the second loop runs on vectors
