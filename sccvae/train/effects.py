@@ -86,7 +86,7 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
     kinds = _kinds(joined, n_kinds)
     if kinds.shape[1] == 1:
         return effects, None
-    weight = kinds.toarray() * _shared(joined, batch, n_batch)[:, None]
+    weight = kinds.toarray() * _shared(joined, batch, n_batch, kinds)[:, None]
     return effects, _landmarks(y @ axes, batch, n_batch, weight, axes)
 
 
@@ -176,14 +176,15 @@ def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
     return z
 
 
-def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
+def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int, kinds: sparse.csr_array) -> np.ndarray:
     """How far other batches hold such cells as each of z (n, d), in which the batches are joined: (n,) in [0, 1].
 
     Share of other batches among the cells nearest to it, as a share of theirs among all cells, squared: neighbours by
     chance count for little.
     """
     near = NearestNeighbors(n_neighbors=min(NEAREST, len(z) // 8)).fit(z).kneighbors(return_distance=False)
-    others = 1 - np.bincount(batch, minlength=n_batch)[batch] / len(batch)
+    own = (kinds.T @ _members(batch, n_batch)).toarray()[kinds.indices, batch]  # cells of the kind and the batch
+    others = 1 - own / kinds.sum(0)[kinds.indices]
     found = (batch[near] != batch[:, None]).mean(1)
     return np.minimum(np.divide(found, others, out=np.zeros(len(z)), where=others > 0), 1) ** 2
 
