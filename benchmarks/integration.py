@@ -20,9 +20,10 @@ import pandas as pd
 import scanpy as sc
 
 from benchmarks.results import write_section
-from benchmarks.sets import MULTI_BATCH, CellSet, load
+from benchmarks.sets import MULTI_BATCH, MULTI_STUDY, CellSet, load
 
 N_PCS = 30
+SETS = [*MULTI_BATCH, *MULTI_STUDY]
 KEPT = """One cell type is left in one batch only, on purpose. Purity: share of the same type among the 15 nearest other
 cells, in 30 principal components (before) and in the embedding (after)."""
 
@@ -193,7 +194,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=[c.name for c in MULTI_BATCH])
+    parser.add_argument("--data", nargs="+", default=[c.name for c in SETS])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings of the peers between runs")
@@ -205,7 +206,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # scib-metrics and jax; not ours
     if args.hold_out_type:
-        sets = [c for c in MULTI_BATCH if c.name in args.data]
+        sets = [c for c in SETS if c.name in args.data]
         table = pd.concat([keep_apart(c, args.hold_out_type, args.methods, args.seeds) for c in sets]).round(3)
         print(table.to_string(index=False))
         if not args.no_write:
@@ -214,13 +215,13 @@ def main() -> None:
         return
     key = ["set", "method", "seed"]
     table = pd.read_csv(args.table, dtype={"seed": str}) if args.table and args.table.exists() else pd.DataFrame()
-    for cells in (c for c in MULTI_BATCH if c.name in args.data):
+    for cells in (c for c in SETS if c.name in args.data):
         new = run(cells, args.methods, args.seeds, args.cache)
         table = pd.concat([table, new]).drop_duplicates(key, keep="last")
         if args.table:
             table.to_csv(args.table, index=False)
         print(summarise(new).iloc[:, 1:8].round(3).to_string(index=False), flush=True)
-    order = table.assign(at=table["set"].map({c.name: i for i, c in enumerate(MULTI_BATCH)})).sort_values(
+    order = table.assign(at=table["set"].map({c.name: i for i, c in enumerate(SETS)})).sort_values(
         ["at", *key[1:]]
     )
     if not args.no_write:

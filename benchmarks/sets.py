@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scanpy as sc
 
 N_GENES = 2000
@@ -38,6 +39,36 @@ LABELLED = [
 ]
 
 
+#: Blood cells of several studies together, by the genes they share, with types as coarse as the coarsest names them. No
+#: setting was chosen by these but one (how counterparts are counted). Shares of types differ by up to ten times between
+#: studies, and some types only one has.
+STUDIES = {
+    "pbmc_zheng_3k": ("zheng2017_pbmc_facs", "pbmc3k_labelled"),
+    "pbmc_3k_kang": ("pbmc3k_labelled", "kang2018_ctrl12k"),
+    "pbmc_zheng_3k_kang": ("zheng2017_pbmc_facs", "pbmc3k_labelled", "kang2018_ctrl12k"),
+}
+MULTI_STUDY = [CellSet(name, "study") for name in STUDIES]
+#: Most cells of a study.
+STUDY_CELLS = 4000
+#: How the studies name a type begins with, and the type.
+COARSE = {
+    "CD14": "CD14+ monocyte",
+    "FCGR3A": "FCGR3A+ monocyte",
+    "CD34": "CD34+",
+    "CD56": "NK",
+    "NK": "NK",
+    "CD8": "CD8 T",
+    "CD4": "CD4 T",
+    "Naive CD4": "CD4 T",
+    "Memory CD4": "CD4 T",
+    "CD19": "B",
+    "B": "B",
+    "D": "dendritic",
+    "Platelet": "megakaryocyte",
+    "Megakaryocytes": "megakaryocyte",
+}
+
+
 def data_dir() -> Path:
     """Folder of the sets, from SCCVAE_DATA_DIR."""
     folder = os.environ.get("SCCVAE_DATA_DIR")
@@ -52,7 +83,7 @@ def load(cells: CellSet) -> ad.AnnData:
 
     ``layers["logged"]`` holds log-normalised counts (to 10,000 over all genes), for PCA.
     """
-    adata = ad.read_h5ad(data_dir() / f"{cells.name}.h5ad")
+    adata = _studies(cells) if cells.name in STUDIES else ad.read_h5ad(data_dir() / f"{cells.name}.h5ad")
     adata.X = adata.X.astype(np.float32)
     adata.obs = adata.obs[[k for k in (cells.batch_key, cells.label_key) if k]].astype(str).astype("category")
     sc.pp.filter_genes(adata, min_cells=3)
@@ -64,3 +95,15 @@ def load(cells: CellSet) -> ad.AnnData:
         sc.pp.highly_variable_genes(adata, n_top_genes=N_GENES, flavor="seurat_v3", batch_key=cells.batch_key)
         adata = adata[:, adata.var["highly_variable"]].copy()
     return adata
+
+
+def _studies(cells: CellSet) -> ad.AnnData:
+    """Raw counts of several studies, at most 4,000 cells of each."""
+    rng, parts = np.random.default_rng(0), {}
+    for name in STUDIES[cells.name]:
+        part = ad.read_h5ad(data_dir() / f"{name}.h5ad")
+        kept = np.sort(rng.permutation(part.n_obs)[:STUDY_CELLS])
+        types = [next(t for start, t in COARSE.items() if n.startswith(start)) for n in part.obs["cell_type"]]
+        obs = pd.DataFrame({cells.label_key: types}, index=part.obs_names)
+        parts[name] = ad.AnnData(part.X, obs, pd.DataFrame(index=part.var_names))[kept]
+    return ad.concat(parts, label=cells.batch_key, index_unique="-")

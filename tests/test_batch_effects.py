@@ -614,13 +614,28 @@ def test_shared_is_what_other_batches_hold_among_the_nearest(monkeypatch):
     monkeypatch.setattr(effects, "NEAREST", 4)
     z = np.concatenate([np.zeros(20), np.full(10, 5.0), np.full(10, 10.0)])[:, None] + 0.01 * np.arange(40)[:, None]
     batch = np.concatenate([np.arange(20) % 2, np.zeros(10, int), np.repeat([0, 1], 5)])
-    found = effects._shared(z, batch, 3)
+    kind = np.repeat([0, 1], [20, 20])
+    found = effects._shared(z, batch, 3, effects._members(kind, 2))
     assert (found[20:30] == 0).all()  # batch 0 alone
     for i in (7, 32, 36):
         near = np.argsort(np.abs(z[:, 0] - z[i, 0]), kind="stable")[1:5]
-        others = (batch != batch[i]).mean()
-        assert found[i] == pytest.approx(min(1, (batch[near] != batch[i]).mean() / others) ** 2)
-    assert (effects._shared(z, np.zeros(40, int), 3) == 0).all()  # of one batch
+        others = (batch != batch[i])[kind == kind[i]].mean()
+        assert found[i] == pytest.approx(min(1, (batch[near] != batch[i]).mean() / others))
+    everything = effects._members(np.zeros(40, int), 1)
+    assert (effects._shared(z, np.zeros(40, int), 3, everything) == 0).all()  # of one batch
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kind_that_is_rare_in_a_batch_has_counterparts_there(seed):
+    """Of one kind a batch has a twentieth, of the other the rest: all are shared. Of all cells that is not seen."""
+    rng = np.random.default_rng(seed)
+    kind = np.repeat([0, 1], 500)
+    batch = np.where(rng.random(1000) < np.where(kind == 0, 0.1, 0.9), 1, 0)
+    z = rng.normal(size=(1000, 2)) + 20 * kind[:, None]
+    found = effects._shared(z, batch, 2, effects._members(kind, 2))
+    many = batch == kind  # those whose kind is rare in the other batch
+    assert found[many].mean() > 0.7
+    assert effects._shared(z, batch, 2, effects._members(np.zeros(1000, int), 1))[many].mean() < 0.25
 
 
 def test_every_batch_is_looked_at_whatever_the_order_of_the_cells(monkeypatch):

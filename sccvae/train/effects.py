@@ -179,14 +179,14 @@ def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
 def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int, kinds: sparse.csr_array) -> np.ndarray:
     """How far other batches hold such cells as each of z (n, d), in which the batches are joined: (n,) in [0, 1].
 
-    Share of other batches among the cells nearest to it, as a share of theirs among all cells, squared: neighbours by
-    chance count for little.
+    Share of other batches among the cells nearest to it, as a share of theirs among the cells of its kind (n, K): what
+    is rare in a batch is not for that without counterparts.
     """
     near = NearestNeighbors(n_neighbors=min(NEAREST, len(z) // 8)).fit(z).kneighbors(return_distance=False)
-    own = (kinds.T @ _members(batch, n_batch)).toarray()[kinds.indices, batch]  # cells of the kind and the batch
+    own = (kinds.T @ _members(batch, n_batch)).toarray()[kinds.indices, batch]  # cells of its kind and batch
     others = 1 - own / kinds.sum(0)[kinds.indices]
     found = (batch[near] != batch[:, None]).mean(1)
-    return np.minimum(np.divide(found, others, out=np.zeros(len(z)), where=others > 0), 1) ** 2
+    return np.minimum(np.divide(found, others, out=np.zeros(len(z)), where=others > 0), 1)
 
 
 def _landmarks(z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarray, axes: np.ndarray) -> CellKinds:
