@@ -221,9 +221,7 @@ def main() -> None:
         if args.table:
             table.to_csv(args.table, index=False)
         print(summarise(new).iloc[:, 1:8].round(3).to_string(index=False), flush=True)
-    order = table.assign(at=table["set"].map({c.name: i for i, c in enumerate(SETS)})).sort_values(
-        ["at", *key[1:]]
-    )
+    order = table.assign(at=table["set"].map({c.name: i for i, c in enumerate(SETS)})).sort_values(["at", *key[1:]])
     if not args.no_write:
         command = "python -m benchmarks.integration --seeds 3"
         write_section(
