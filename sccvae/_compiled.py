@@ -38,8 +38,8 @@ def compiled(**more: Any) -> Any:
     return decorate
 
 
-#: What OpenMP calls in each of its threads.
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+#: What OpenMP calls in each of its threads; and the process whose threads they are.
+_BODY, _PROCESS = ctypes.CFUNCTYPE(None, ctypes.c_void_p), os.getpid()
 
 
 @cache
@@ -56,9 +56,6 @@ def _team(process: int) -> Callable[..., None] | None:
         return None
     parallel.argtypes, parallel.restype = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return parallel
-
-
-_PROCESS = os.getpid()
 
 
 @cache
@@ -87,13 +84,13 @@ def in_threads(loop: Callable[..., Any], n_rows: int, n_values: int, *given: Any
     if n < 2:
         loop(0, n_rows, *given)
         return
-    parts = list(pairwise(n_rows * i // n for i in range(n + 1)))
+    parts = iter(list(pairwise(n_rows * i // n for i in range(n + 1))))  # each thread takes the next one
     failed: list[BaseException] = []
 
     def body(_: int | None) -> None:
         try:
-            while parts:  # more than one where OpenMP gave fewer threads
-                loop(*parts.pop(), *given)
+            for part in parts:  # more than one where OpenMP gave fewer threads
+                loop(*part, *given)
         except BaseException as error:  # of any kind, Ctrl-C too: raised below, where the user sees it
             failed.append(error)
 
@@ -101,7 +98,7 @@ def in_threads(loop: Callable[..., Any], n_rows: int, n_values: int, *given: Any
     if team is not None:
         team(_BODY(body), None, n, 0)
     else:
-        others = [_pool(os.getpid(), n - 1).submit(body, None) for _ in parts[1:]]
+        others = [_pool(os.getpid(), n - 1).submit(body, None) for _ in range(n - 1)]
         body(None)
         for other in others:
             other.result()

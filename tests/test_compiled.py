@@ -1,6 +1,7 @@
 """Compiled loops parted between threads."""
 
 import os
+import sys
 import threading
 
 import numpy as np
@@ -28,21 +29,31 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def switching():
+    """Threads take turns as often as Python can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 1001])
-def test_each_row_once(kind, two_threads, n_rows):
+def test_each_row_once(kind, two_threads, switching, n_rows):
     times = np.zeros(n_rows, int)
 
     def loop(start, stop, out):
         out[start:stop] += 1
 
-    for _ in range(20):
+    for _ in range(300):
         _compiled.in_threads(loop, n_rows, 2 * _compiled.SHARE, times)
-    assert (times == 20).all()
+    assert (times == 300).all()
 
 
 def test_two_threads_at_a_time(kind, two_threads):
-    meeting = threading.Barrier(2, timeout=20)
-    _compiled.in_threads(lambda start, stop: meeting.wait(), 2, 2 * _compiled.SHARE)
+    meeting, met = threading.Barrier(2, timeout=20), []
+    _compiled.in_threads(lambda start, stop: met.append(meeting.wait()), 2, 2 * _compiled.SHARE)
+    assert sorted(met) == [0, 1]
 
 
 def test_little_work_stays_in_one_thread(kind, two_threads):
@@ -61,6 +72,5 @@ def test_an_error_reaches_the_user(kind, two_threads):
         _compiled.in_threads(loop, 2, 2 * _compiled.SHARE)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 def test_a_fork_has_no_team():
     assert _compiled._team(os.getpid() + 1) is None

@@ -550,3 +550,20 @@ def test_kernels_are_compiled_once_for_a_machine(tmp_path):
         written.append(sorted(f.name for f in tmp_path.rglob("*.nbc")))
     assert written[0]
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("count", [1.0, 2.0, 3.0, 20.0])
+@pytest.mark.parametrize("log_theta", [-20.0, 0.0, 32.0])
+def test_many_counts_of_one_size_lose_nothing(count, log_theta):
+    """Their numbers of ways are multiplied before a logarithm is taken, which must not overflow or vanish."""
+    if not kernels.has_numba():
+        pytest.skip("the compiled loops need numba")
+    x, log_mu = torch.full((2, 300), count), torch.full((2, 300), 0.5)
+    found = kernels.nb_sum(x, log_mu, torch.full((1, 300), log_theta))[0]
+    mu, theta = math.exp(0.5), math.exp(log_theta)
+    if log_theta > 20:  # a Poisson to float64
+        one = count * 0.5 - mu - math.lgamma(count + 1)
+    else:
+        one = math.lgamma(count + theta) - math.lgamma(theta) - math.lgamma(count + 1)
+        one += theta * (log_theta - math.log(theta + mu)) + count * (0.5 - math.log(theta + mu))
+    assert float(found) == pytest.approx(300 * one, rel=1e-5)

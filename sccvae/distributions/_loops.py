@@ -183,7 +183,7 @@ def mark(at, counts, seen, value):
 
 
 @compiled(**FAST)
-def ones(at, counts, log_mu, log_theta, theta, plus, slope, gap):
+def nb_without_ways(at, counts, log_mu, log_theta, theta, plus, slope, gap):
     """What the log mass of counts x > 0 needs at the columns ``at``, of all places (nnz,), by vectors in float64.
 
     Fills log(1 + mu / theta) into ``plus``; theta (x - mu) / (theta + mu) into ``slope``; the difference of digammas
@@ -211,7 +211,7 @@ def nb_seen(at, counts, log_mu, log_theta, theta, d_mu, d_theta, plus, slope, ga
 
     ``at`` and ``counts`` (nnz,), all others (G,); the last three are room.
     """
-    total, product = ones(at, counts, log_mu, log_theta, theta, plus, slope, gap), 1.0
+    total, product = nb_without_ways(at, counts, log_mu, log_theta, theta, plus, slope, gap), 1.0
     for m in range(len(at)):
         if not counts[m] > 0:  # a zero that was stored
             continue
@@ -227,7 +227,7 @@ def nb_seen(at, counts, log_mu, log_theta, theta, d_mu, d_theta, plus, slope, ga
                 other *= k + 1.0
             differ = by_t / ways
             product *= ways / other
-            if not 1e-100 < product < 1e100:  # one logarithm for many counts
+            if not 1e-30 < product < 1e30:  # one logarithm for several counts
                 total += math.log(product)
                 product = 1.0
         else:
