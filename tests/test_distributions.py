@@ -556,8 +556,6 @@ def test_kernels_are_compiled_once_for_a_machine(tmp_path):
 @pytest.mark.parametrize("log_theta", [-20.0, 0.0, 32.0])
 def test_many_counts_of_one_size_lose_nothing(count, log_theta):
     """Their numbers of ways are multiplied before a logarithm is taken, which must not overflow or vanish."""
-    if not kernels.has_numba():
-        pytest.skip("the compiled loops need numba")
     x, log_mu = torch.full((2, 300), count), torch.full((2, 300), 0.5)
     found = kernels.nb_sum(x, log_mu, torch.full((1, 300), log_theta))[0]
     mu, theta = math.exp(0.5), math.exp(log_theta)
