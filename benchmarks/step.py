@@ -5,7 +5,8 @@
 Torch alone (and scVI for the peer): no data path, the mini-batch lies on the device as the loader of each tool gives it
 (on a CPU sparse rows here, dense for scVI). All are timed in turn, round after round; the smallest and the median of
 the rounds are shown. *Products* are the large matrix products of the network, forward and backward: what a step cannot
-do without. Ratios are those of medians.
+do without. Ratios are those of medians. On a GPU a step is *recorded* and played back, as in a training; *kernels* is
+what its work on the GPU adds up to (by torch's profiler).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
 import torch
 
 from benchmarks.results import write_section
-from sccvae._rows import few
+from sccvae._recording import Recorder
+from sccvae._rows import SparseRows, few
 from sccvae.distributions import counts as families
 from sccvae.distributions import kernels
 from sccvae.module import CVAE, GMVAE, VAE, Batch
@@ -37,17 +39,37 @@ def counts(n: int) -> torch.Tensor:
     return torch.poisson(torch.distributions.Gamma(2.0, 2.0 / means).sample((n,)))
 
 
-def ours(module: torch.nn.Module, batch: Batch) -> Callable[[], None]:
+def ours(module: torch.nn.Module, batch: Batch, *, recorded: bool = False) -> Callable[[], None]:
     """One optimiser step of a module of sccvae."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
 
-    def step() -> None:
-        loss, _ = module.loss(replace(batch))  # a new one: nothing that it makes of x is kept for the next step
+    def step(tensors: dict) -> None:
+        loss, _ = module.loss(Batch(**tensors))  # a new one: nothing that it makes of x is kept for the next step
         optimizer.zero_grad(set_to_none=True)
+        optimizer.param_groups[0]["capturable"] = recorded and torch.cuda.is_current_stream_capturing()
         loss.backward()
         optimizer.step()
 
-    return step
+    tensors = tensors_of(batch)
+    if not recorded:
+        return lambda: step(tensors)
+    recorder = Recorder(module.device)
+    return lambda: recorder.run("step", step, tensors)
+
+
+def tensors_of(batch: Batch) -> dict[str, torch.Tensor | SparseRows]:
+    """What a mini-batch is made of, by name."""
+    parts = {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
+    return {name: t for name, t in parts.items() if t is not None}
+
+
+def kernels_of(step: Callable[[], None]) -> float:
+    """Milliseconds that the work of a step on the GPU adds up to; the mean of ten."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(10):
+            step()
+        torch.cuda.synchronize()
+    return sum(e.self_device_time_total for e in profile.key_averages()) / 1e4
 
 
 def theirs(likelihood: str, x: torch.Tensor) -> Callable[[], None]:
@@ -83,7 +105,7 @@ def products(x: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def likelihood_alone(name: str, x: torch.Tensor) -> Callable[[], None]:
+def likelihood_alone(name: str, x: torch.Tensor, seen: torch.Tensor | SparseRows) -> Callable[[], None]:
     """Log mass of the counts and its gradients, from the scores of the genes on."""
     parameters = [torch.randn_like(x), torch.zeros(1, x.shape[1], device=x.device)]
     parameters += [torch.randn_like(x)] if name == "zinb" else []
@@ -92,7 +114,7 @@ def likelihood_alone(name: str, x: torch.Tensor) -> Callable[[], None]:
     made = {"nb": families.NBObservation, "zinb": families.ZINBObservation}[name]
 
     def step() -> None:
-        torch.autograd.grad(made(parameters[0], library, *parameters[1:]).log_prob(x).sum(), parameters)
+        torch.autograd.grad(made(parameters[0], library, *parameters[1:]).log_prob(seen).sum(), parameters)
 
     return step
 
@@ -122,24 +144,37 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="leave benchmarks/RESULTS.md as it is")
     args = parser.parse_args()
     device = torch.device(args.device)
-    x = counts(args.batch_size).to(device)
-    sparse = few(x)
-    batch = replace(Batch.of(x), x=x if sparse is None else sparse)
+    x = counts(args.batch_size)
+    batch = Batch.of(x)
+    if device.type != "cpu":
+        x, csr = x.to(device), x.to_sparse_csr()
+        parts = csr.crow_indices(), csr.col_indices().int(), csr.values()
+        batch = Batch.on(device, tensors_of(batch) | {"x": SparseRows(*parts, N_GENES)})
+    elif few(x) is not None:
+        batch = replace(batch, x=few(x))
+    codes = torch.arange(len(x), device=device)[:, None] % 4
     width = {"n_hidden": N_HIDDEN, "n_latent": N_LATENT}
+    made: dict[str, Callable[[], tuple[torch.nn.Module, Batch]]] = {
+        "VAE nb": lambda: (VAE(N_GENES, likelihood="nb", **width), batch),
+        "VAE zinb": lambda: (VAE(N_GENES, likelihood="zinb", **width), batch),
+        "CVAE, 4 batches": lambda: (CVAE(N_GENES, [4], **width), replace(batch, codes=codes)),
+        "GMVAE nb, K = 20": lambda: (GMVAE(N_GENES, 20, likelihood="nb", **width), batch),
+    }
     steps: dict[str, Callable[[], None]] = {"products": products(x)}
-    for name in ("nb", "zinb"):
-        steps[f"likelihood {name}"] = likelihood_alone(name, x)
-        steps[f"VAE {name}"] = ours(VAE(N_GENES, likelihood=name, **width).to(device), batch)
-        if not args.no_peer:
-            steps[f"scVI {name}"] = theirs(name, x)
-    batches = replace(batch, codes=torch.arange(len(x), device=device)[:, None] % 4)
-    steps["CVAE, 4 batches"] = ours(CVAE(N_GENES, [4], **width).to(device), batches)
-    steps["GMVAE nb, K = 20"] = ours(GMVAE(N_GENES, 20, likelihood="nb", **width).to(device), batch)
+    steps |= {f"likelihood {name}": likelihood_alone(name, x, batch.x) for name in ("nb", "zinb")}
+    steps |= {} if args.no_peer else {f"scVI {name}": theirs(name, x) for name in ("nb", "zinb")}
+    for name, make in made.items():
+        for recorded in (False, True) if device.type == "cuda" else (False,):
+            module, some = make()
+            steps[name + ", recorded" * recorded] = ours(module.to(device), some, recorded=recorded)
     table = measure(steps, args.repeats, device)
+    if device.type == "cuda":
+        table["kernels (ms)"] = [kernels_of(steps[name]) for name in table["step"]]
     median = table.set_index("step")["median (ms)"]
     for name in ("nb", "zinb"):
-        print(f"{name}: step / products {median[f'VAE {name}'] / median['products']:.2f}", end="")
-        print("" if args.no_peer else f", scVI / ours {median[f'scVI {name}'] / median[f'VAE {name}']:.2f}")
+        own = median[f"VAE {name}, recorded" if device.type == "cuda" else f"VAE {name}"]
+        print(f"{name}: step / products {own / median['products']:.2f}", end="")
+        print("" if args.no_peer else f", scVI / ours {median[f'scVI {name}'] / own:.2f}")
     if not args.no_peer:
         table["scVI nb / this"] = median["scVI nb"] / table["median (ms)"]
     what = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,8 @@ FEWEST_COLUMNS = 256
 
 class SparseRows:
     """The values of a matrix (n, G) that are not zero, row by row.
+
+    Off the CPU there may be room for more values after those of the last row; they must be zero.
 
     Parameters
     ----------
@@ -85,11 +88,14 @@ class SparseRows:
 
     def split(self, sizes: Sequence[int]) -> list[Self]:
         """Parted into so many rows each, which add up to n; views."""
-        ends = np.cumsum(sizes)
-        starts = [self.starts[end - size : end + 1] for size, end in zip(sizes, ends, strict=True)]
-        places = [slice(int(s[0]), int(s[-1])) for s in starts]
-        parts = zip(starts, places, strict=True)
-        return [type(self)(s - s[0], self.columns[at], self.values[at], self.n_columns) for s, at in parts]
+        ends = np.cumsum([0, *sizes])
+        places = self.starts[torch.from_numpy(ends).to(self.device)].tolist()  # one look at a device for all parts
+        return [
+            type(self)(
+                self.starts[first : last + 1] - start, self.columns[start:end], self.values[start:end], self.n_columns
+            )
+            for (first, last), (start, end) in zip(pairwise(ends.tolist()), pairwise(places), strict=True)
+        ]
 
     def __getitem__(self, rows: slice) -> Self:
         """Some of the rows, such as each second."""
@@ -122,16 +128,24 @@ class SparseRows:
         return type(self)(starts, columns[:end], kept.values[:end], self.n_columns)
 
     @cached_property
+    def rows(self) -> Tensor:
+        """Row of each value, (nnz,) int64; some row of those that have none.
+
+        Not the same of all: a GPU adds what goes to one place one after the other.
+        """
+        places = torch.arange(len(self.values), device=self.device)
+        rows = torch.searchsorted(self.starts, places, right=True).sub_(1)
+        return torch.where(rows < len(self), rows, places % len(self))
+
+    @cached_property
     def _dense(self) -> Tensor:
         x = self.values.new_zeros(self.shape)
         if self.device.type == "cpu" and has_numba():
             from sccvae import _rows_loops
 
             _rows_loops.scatter(*self.arrays(), x.numpy())
-        else:
-            rows = torch.arange(len(self), device=self.device)
-            rows = rows.repeat_interleave(self.starts.diff(), output_size=len(self.values))
-            x[rows, self.columns.long()] = self.values
+        else:  # added, not put: a value of no row must not hide one
+            x.view(-1).scatter_add_(0, self.rows * self.n_columns + self.columns, self.values)
         return x
 
     def dense(self) -> Tensor:

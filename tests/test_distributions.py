@@ -15,7 +15,9 @@ import torch
 import torch.distributions as td
 from torch.func import functional_call
 
-from sccvae import _compiled
+from sccvae import _compiled, _rows
+from sccvae._recording import _room_for
+from sccvae._rows import SparseRows
 from sccvae.distributions import (
     LIKELIHOODS,
     ZINB,
@@ -443,7 +445,8 @@ def test_dispersion_is_checked():
 
 @pytest.mark.parametrize("cells", [576, 1], ids=["one gene", "one cell"])  # by itself, and in vectors
 @pytest.mark.parametrize("family", ["nb", "zinb"])
-def test_kernels_over_the_whole_range(family, cells):
+@pytest.mark.parametrize("by", ["numba", "torch"])
+def test_kernels_over_the_whole_range(family, cells, by, monkeypatch):
     """float32 against float64 autograd: counts 0 to 1e6, dispersions 1e-4 to 1e6, means at the counts and far off."""
     counts = torch.tensor([0, 1, 2, 3, 7, 20, 21, 100, 1e3, 2.5, 1e4, 1e6])
     log_theta = torch.linspace(math.log(1e-4), math.log(1e6), 12)
@@ -455,7 +458,9 @@ def test_kernels_over_the_whole_range(family, cells):
     slow = [t.double().requires_grad_() for t in inputs]
     fast = [t.clone().requires_grad_() for t in inputs]
     wanted = (log_zinb if family == "zinb" else log_nb)(x.double(), *slow).sum(-1)
-    got = (kernels.zinb_sum if family == "zinb" else kernels.nb_sum)(x, *fast)
+    rows = SparseRows.of(x)
+    monkeypatch.setattr(kernels, "has_numba", lambda: by == "numba")
+    got = (kernels.zinb_sum if family == "zinb" else kernels.nb_sum)(rows, *fast)
     tiny = 2e-7  # what is next to zero is a difference of numbers of about one
     close(got, wanted, absolute=tiny)
     wanted.sum().backward()
@@ -464,17 +469,26 @@ def test_kernels_over_the_whole_range(family, cells):
         close(a.grad, b.grad, absolute=tiny)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, None], ids=["one thread", "three threads", "as on a device"])
 @pytest.mark.parametrize("rows", [(1,), (7,), (2, 7), (3,)], ids=["of a gene", "of a cell", "of a draw", "of a batch"])
 @pytest.mark.parametrize("inflated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_with_their_softmax(dtype, inflated, rows, threads, monkeypatch):
-    """Scores and depths in place of log means, against float64 autograd; the cells parted between threads."""
+    """Scores and depths in place of log means, against float64 autograd; the cells parted between threads.
+
+    As on a device: by torch, from rows that have room for more values.
+    """
     monkeypatch.setattr(_compiled, "SHARE", 30)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     x, depth = torch.poisson(torch.full((7, 40), 0.5)), torch.logspace(2, 5, 7)[:, None]
-    x, depth = x.to(dtype), depth.to(dtype)
+    x[0], x[6], depth = 0, 0, depth.to(dtype)
+    x = counts = x.to(dtype)
+    if threads is None:
+        counts = _room_for(SparseRows.of(x))
+        for place in (kernels, _rows):
+            monkeypatch.setattr(place, "has_numba", lambda: False)
+    else:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     inputs = [3 * torch.randn(2, 7, 40), torch.randn(*rows, 40)] + [torch.randn(2, 7, 40)] * inflated
     slow = [t.double().requires_grad_() for t in inputs]
     fast = [t.detach().to(dtype, copy=True).requires_grad_() for t in inputs]
@@ -482,7 +496,7 @@ def test_kernels_with_their_softmax(dtype, inflated, rows, threads, monkeypatch)
     batch = torch.tensor([0, 2, 2, 0, 2, 0, 2]) if rows == (3,) else None  # nothing of batch 1
     log_theta = slow[1] if batch is None else slow[1][batch]
     wanted = (log_zinb if inflated else log_nb)(x.double(), log_mu, log_theta, *slow[2:]).sum(-1)
-    got = (kernels.zinb_sum if inflated else kernels.nb_sum)(x, *fast, log_depth=depth.log(), rows=batch)
+    got = (kernels.zinb_sum if inflated else kernels.nb_sum)(counts, *fast, log_depth=depth.log(), rows=batch)
     close(got, wanted, absolute=1e-5)
     weight = torch.rand(2, 7)
     (wanted * weight.double()).sum().backward()

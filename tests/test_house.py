@@ -24,6 +24,7 @@ LONGEST_FILE = 420
 # room: (rooms it may import, packages it may import beside the standard library). Late imports count as well.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_compiled": (set(), {"numba", "torch"}),
+    "_recording": ({"_rows"}, {"torch"}),
     "_rows": ({"_compiled", "_rows_loops"}, {"numpy", "torch"}),
     "_rows_loops": ({"_compiled"}, {"numpy"}),
     "distributions": ({"_compiled", "_rows"}, {"numpy", "torch"}),
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "datasets": (set(), {"anndata", "numpy", "pandas", "pooch", "scanpy", "scipy", "sklearn", "tqdm"}),
     "train": (
-        {"data", "distributions", "module", "nn"},
+        {"_recording", "data", "distributions", "module", "nn"},
         {"igraph", "lightning", "numpy", "pandas", "safetensors", "scipy", "scvi", "sklearn", "torch", "tqdm"},
     ),
     "model": (

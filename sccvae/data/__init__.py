@@ -8,6 +8,7 @@ from sccvae.data.masked import MaskedStore, measured, read_measured
 from sccvae.data.moments import batch_moments
 from sccvae.data.ondisk import DiskMatrix, free_memory, gigabytes
 from sccvae.data.read import Cells, check_support, read_cells
+from sccvae.data.residence import ResidentStore, resident
 from sccvae.data.splits import split_indices
 from sccvae.data.store import CellStore, ChunkLoader
 
@@ -18,6 +19,7 @@ __all__ = [
     "ChunkLoader",
     "DiskMatrix",
     "MaskedStore",
+    "ResidentStore",
     "Schema",
     "anndata_fields",
     "batch_moments",
@@ -30,6 +32,7 @@ __all__ = [
     "open_anndata",
     "read_cells",
     "read_measured",
+    "resident",
     "shuffled_loader",
     "split_indices",
 ]

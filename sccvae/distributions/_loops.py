@@ -281,17 +281,6 @@ def to_scores(share, derivative):
 
 
 @compiled()
-def seen(starts, columns, counts, log_mu, log_theta, theta, own, d_mu, d_theta, total):
-    """Add the log mass of counts that are not zero, in nats, to ``total`` and replace the derivatives there."""
-    n = log_mu.shape[1]
-    plus, slope, gap = np.empty(n), np.empty(n), np.empty(n)
-    for i in range(len(log_mu)):
-        row, k = i % (len(starts) - 1), own[i]
-        at, x = columns[starts[row] : starts[row + 1]], counts[starts[row] : starts[row + 1]]
-        total[i] += nb_seen(at, x, log_mu[i], log_theta[k], theta[k], d_mu[i], d_theta[i], plus, slope, gap)
-
-
-@compiled()
 def cells(
     start,
     stop,

@@ -1,9 +1,9 @@
-"""Log mass of negative binomial counts and its gradients in one pass, on the CPU, by numba.
+"""Log mass of negative binomial counts and its gradients in one pass; on the CPU by numba.
 
 Two loops for each cell. One over all genes as if the count were zero, in float32, which the compiler turns into vector
-instructions (for float64 torch does it); one over the counts that are not zero, in float64. Around them the softmax
-that gives the means, and its gradient, while the cell is in the cache. Plain torch (in ``counts``) gives the same
-numbers; it is used on other devices and where numba is missing. Dropping counts at random is here too.
+instructions; one over the counts that are not zero, in float64. Around them the softmax that gives the means, and its
+gradient, while the cell is in the cache. For float64, on other devices and where numba is missing torch does the same
+(``_by_torch``); dense counts there are left to ``masses``. Dropping counts at random is here too.
 """
 
 from __future__ import annotations
@@ -21,29 +21,34 @@ from sccvae._rows import SparseRows, random_bytes
 
 
 def applies(x: Tensor | SparseRows, *parameters: Tensor) -> bool:
-    """Whether the kernels can be used: CPU tensors of one floating type, and numba there."""
-    types = {t.dtype for t in (x, *parameters)}
-    return len(types) == 1 and all(t.device.type == "cpu" for t in (x, *parameters)) and has_numba()
+    """Whether the kernels can be used: one floating type and device; off the CPU or without numba for rows alone."""
+    same = len({(t.dtype, t.device) for t in (x, *parameters)}) == 1
+    return same and (isinstance(x, SparseRows) or (x.device.type == "cpu" and has_numba()))
+
+
+def _by_loops(x: Tensor | SparseRows) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and has_numba()
 
 
 def _flat(scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments without gradient: scores (n, G), log_theta (r, G), and which row of it each has, (n,)."""
     scores, log_theta = (t.detach().reshape(-1, t.shape[-1]).contiguous() for t in (scores, log_theta))
     if rows is None:
-        rows = torch.arange(len(log_theta))  # one for all, for each cell, or for each draw of each cell
+        rows = torch.arange(len(log_theta), device=scores.device)  # one for all, for each cell, or each draw of a cell
     return scores, log_theta, rows.repeat(len(scores) // len(rows))
 
 
 def _by_torch(
     x: SparseRows, log_mu: Tensor, log_theta: Tensor, own: Tensor, theta: Tensor, logits: Tensor, *derivatives: Tensor
 ) -> Tensor:
-    """The same in float64: vectors by torch where the count is zero, the loop elsewhere; fills the derivatives."""
-    from sccvae.distributions import _loops
+    """The same by torch: vectors as if each count were zero, then float64 where it is not; fills the derivatives.
 
+    On a device it never waits for one, so that its operations can be recorded.
+    """
     d_mu, d_theta, d_logits = derivatives
     seen = (x.dense() > 0).repeat(len(log_mu) // len(x), 1)
     a = log_mu - log_theta[own]
-    minus = -theta[own]
+    minus = -theta.to(a.dtype)[own]
     zero = softplus(a).mul_(minus)
     torch.mul(torch.sigmoid_(a), minus, out=d_mu)
     torch.sub(zero, d_mu, out=d_theta)
@@ -53,11 +58,29 @@ def _by_torch(
         from_nb = (expressed + zero - either).exp_()  # P(a zero is no structural one)
         d_mu.mul_(from_nb), d_theta.mul_(from_nb)
         torch.sub(torch.where(seen, 0.0, 1 - from_nb), torch.sigmoid(logits), out=d_logits)
-        total = torch.where(seen, expressed, either).sum(-1)
+        total = torch.where(seen, expressed, either)
     else:
-        total = zero.masked_fill_(seen, 0.0).sum(-1)
-    _loops.seen(*x.arrays(), *(t.numpy() for t in (log_mu, log_theta, theta, own, d_mu, d_theta, total)))
-    return total
+        total = zero.masked_fill_(seen, 0.0)
+    d_mu.masked_fill_(seen, 0.0), d_theta.masked_fill_(seen, 0.0)
+    _add_seen(x, log_mu, log_theta, own, theta, d_mu, d_theta, total)
+    return total.sum(-1)
+
+
+def _add_seen(x: SparseRows, log_mu: Tensor, log_theta: Tensor, own: Tensor, theta: Tensor, *to: Tensor) -> None:
+    """Add derivatives and log mass (n, G) of the counts above zero to what is there, each in a place of its own."""
+    n_genes = x.n_columns
+    cells = torch.arange(0, len(log_mu), len(x), device=x.device)[:, None] + x.rows  # (k, nnz), of all draws
+    places = (cells * n_genes + x.columns).view(-1)
+    of_theta = (own[cells] * n_genes + x.columns).view(-1)
+    count, t = x.values.double().repeat(len(cells)), theta.view(-1)[of_theta]
+    a = log_mu.view(-1)[places].double() - log_theta.view(-1)[of_theta].double()
+    plus = torch.logaddexp(a, a.new_zeros(()))  # log(1 + mu / theta)
+    slope = count * torch.sigmoid(-a) - t * torch.sigmoid(a)  # theta (x - mu) / (theta + mu)
+    ways = torch.lgamma(count + t) - torch.lgamma(t) - torch.lgamma(count + 1)
+    mass = ways - t * plus - count * (plus - a)
+    by_theta = t * (torch.digamma(count + t) - torch.digamma(t) - plus) - slope
+    for whole, part in zip(to, (slope, by_theta, mass), strict=True):
+        whole.view(-1).scatter_add_(0, places, torch.where(count > 0, part, 0.0).to(whole.dtype))
 
 
 def _to(shape: torch.Size, gradient: Tensor) -> Tensor:
@@ -80,8 +103,6 @@ class _NegativeBinomial(torch.autograd.Function):
         logits: Tensor | None,
     ) -> Tensor:
         """See :func:`nb_sum` and :func:`zinb_sum`."""
-        from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
-
         rows_of_x = x if isinstance(x, SparseRows) else SparseRows.of(x)
         scores_, log_theta_, own = _flat(scores, log_theta, rows)
         n, theta = len(scores_), log_theta_.double().exp()
@@ -90,7 +111,9 @@ class _NegativeBinomial(torch.autograd.Function):
         inflated = none if logits is None else logits.detach().expand(scores.shape).reshape(n, -1).contiguous()
         d_logits, total = torch.empty_like(inflated), scores_.new_empty(n)
         found = d_scores, d_theta, d_logits
-        if x.dtype == torch.float32:
+        if _by_loops(x):
+            from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
+
             top, depth = (none[:, 0],) * 2 if log_depth is None else (scores_.amax(-1), log_depth.detach().reshape(-1))
             given = scores_, top, depth, log_theta_, theta.float(), theta, own, inflated, *found, total
             arrays = *rows_of_x.arrays(), *(t.numpy() for t in given)
@@ -112,7 +135,7 @@ class _NegativeBinomial(torch.autograd.Function):
             by_theta = _to(log_theta, g * d_theta)
         else:  # a product sums over the cells of each row
             of_row = g.new_zeros(math.prod(log_theta[:-1]), len(g))
-            of_row[ctx.rows, torch.arange(len(g))] = g[:, 0]
+            of_row[ctx.rows, torch.arange(len(g), device=g.device)] = g[:, 0]
             by_theta = (of_row @ d_theta).reshape(log_theta)
         by_logits = None if logits is None else _to(logits, g * d_logits)
         return None, (g * d_scores).reshape(scores), None, by_theta, None, by_logits
@@ -179,7 +202,7 @@ def _sum(
     rows: Tensor | None,
     logits: Tensor | None,
 ) -> Tensor:
-    if log_depth is not None and x.dtype != torch.float32:  # only the loop over float32 takes a softmax along
+    if log_depth is not None and not _by_loops(x):  # only the loops take a softmax along
         scores, log_depth = scores.log_softmax(-1) + log_depth, None
     return _NegativeBinomial.apply(x, scores, log_depth, log_theta, rows, logits)
 

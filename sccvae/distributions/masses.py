@@ -101,6 +101,8 @@ def sum_over_genes(zero: Tensor, x: Tensor, log_mass: Callable[..., Tensor], *pa
     zero is (..., n, G), x (n, G), each parameter (..., n or 1, G).
     """
     seen = x > 0
+    if x.device.type != "cpu":  # to find them would have the CPU wait for the device
+        return torch.where(seen, log_mass(x, *parameters), zero).sum(-1)
     rows, columns = seen.nonzero(as_tuple=True)
     at = [p[..., rows if p.shape[-2] > 1 else torch.zeros_like(rows), columns].double() for p in parameters]
     values = log_mass(x[rows, columns], *at)  # (..., nnz)

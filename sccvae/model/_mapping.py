@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 
@@ -204,9 +203,9 @@ class MappingMixin(TransferMixin):
         rows = rows[:: max(1, len(rows) // MEANS_OF)]
         total, seen, n = 0.0, 0.0, len(rows)
         for part in np.array_split(rows, max(1, n // 1024)):
-            cells = Batch.on(torch.device("cpu"), store.gather(part))
-            total = total + cells.dense.double().sum(0)
-            seen = seen + self.module.likelihood.encoder_input(cells.dense, cells.library).double().sum(0)
+            cells = Batch.on(self.module.device, store.gather(part))
+            read = self.module.likelihood.encoder_input(cells.dense, cells.library)
+            total, seen = (s + t.cpu().double().sum(0) for s, t in ((total, cells.dense), (seen, read)))
         counts = self.module.likelihood.support == "counts"
         stand_in = (seen / n).expm1() if counts else seen / n  # the encoder input is log(1 + x) for counts
         self.reference["gene_means"] = [float(v) for v in (total / n).float()]

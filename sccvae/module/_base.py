@@ -84,6 +84,8 @@ class Batch:
     def every(self, step: int) -> Batch:
         """Each so-many-th observation, from the first on."""
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if self.entries is None:  # as they will be read; how many values some rows have, a GPU does not tell at once
+            parts["x"] = self.dense
         return Batch(**{name: None if t is None else t[::step] for name, t in parts.items()})
 
     @property
@@ -136,7 +138,9 @@ class GenerativeModule(nn.Module, ABC):
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Terms of the negative ELBO, each (n,) in nats, by name; their sum is the loss of a cell (equation 4.8)."""
 
-    def loss(self, batch: Batch, kl_weight: float = 1.0, late: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, batch: Batch, kl_weight: float | Tensor = 1.0, late: float | Tensor = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Objective of a mini-batch, and a report of its parts.
 
         Parameters
@@ -146,7 +150,8 @@ class GenerativeModule(nn.Module, ABC):
         kl_weight
             Factor of every ``kl_*`` term: 1 gives the negative ELBO.
         late
-            Factor of those penalties that come after the KL terms (``has_late_penalty``).
+            Factor of those penalties that come after the KL terms (``has_late_penalty``). A tensor, as ``kl_weight``
+            may be one too, is taken not to be zero: nobody waits for a device to see it.
 
         Returns
         -------
@@ -165,7 +170,7 @@ class GenerativeModule(nn.Module, ABC):
         report["loss"] = objective.detach()
         return objective, report
 
-    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
         """Weighted scalars that are added to the loss in training and are no part of the ELBO; none by default."""
         del batch, late
         return {}

@@ -23,6 +23,11 @@ PER_FEATURE, MOST_FEATURES = 0.2, 1_000
 PER_FEATURE_WITHIN = 0.3
 
 
+def has_come(late: float | Tensor) -> bool:
+    """Whether the factor of a late penalty is not zero; of a tensor that is known."""
+    return isinstance(late, Tensor) or late > 0
+
+
 def likelihood_of(likelihood: str | dict | Likelihood | None, n_batch: int | None) -> Likelihood:
     """The likelihood asked for; None is the negative binomial, batchwise if the decoder knows a batch."""
     if likelihood is None:
@@ -76,7 +81,7 @@ class Alignment:
         if self.weight:
             self._noted = z, None if kinds is None else kinds.detach()
 
-    def penalty(self, batch: Batch, late: float, of_data: Tensor | None = None) -> dict[str, Tensor]:
+    def penalty(self, batch: Batch, late: float | Tensor, of_data: Tensor | None = None) -> dict[str, Tensor]:
         """``alignment`` of the noted draws, which are forgotten; nothing if there are none.
 
         ``of_data`` are weights (n, K) for kinds that do not move with z: only cells of the same are then compared.
@@ -85,7 +90,7 @@ class Alignment:
         if noted is None:
             return {}
         z, kinds = noted
-        if late == 0:
+        if not has_come(late):
             return {"alignment": z.new_zeros(())}
         index, n_batch = batch.batch_index, self.n_batch
         if self.anchor is not None:  # as many more, of a batch of their own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -87,6 +87,17 @@ def new_weights(module: GenerativeModule, known: Sequence[int]) -> dict[str, Ten
     return masks
 
 
+def _kept(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """What sets a gradient to zero where the mask is false; the mask goes once to where the gradients are."""
+
+    def keep(g: Tensor) -> Tensor:
+        nonlocal mask
+        mask = mask.to(g.device)
+        return torch.where(mask, g, 0.0)
+
+    return keep
+
+
 @contextmanager
 def only_new(module: GenerativeModule, known: Sequence[int]) -> Iterator[None]:
     """Inside, training moves the weights of new categories and nothing else, not even the statistics of batch norm.
@@ -110,7 +121,7 @@ def only_new(module: GenerativeModule, known: Sequence[int]) -> Iterator[None]:
         for name, weight in module.named_parameters():
             weight.requires_grad_(name in masks)
             if name in masks:
-                hooks.append(weight.register_hook(lambda g, mask=masks[name]: torch.where(mask.to(g.device), g, 0.0)))
+                hooks.append(weight.register_hook(_kept(masks[name])))
         with frozen_statistics(module):
             yield
     finally:

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Distribution, Independent, MixtureS
 
 from sccvae.distributions import Likelihood, Observation
 from sccvae.module._base import Batch, LatentVariableModule, standard_normal
-from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, likelihood_of
+from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, has_come, likelihood_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import MLP, CellKinds, Conditions, GaussianEncoder, check_sizes
@@ -38,6 +38,13 @@ class Mixture(nn.Module):
         """The distribution of vectors (d,)."""
         normals = Independent(Normal(self.loc, self.log_scale.exp(), validate_args=False), 1, validate_args=False)
         return MixtureSameFamily(Categorical(logits=self.logits, validate_args=False), normals, validate_args=False)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """Draws of z, (n, d)."""
+        k = Categorical(logits=self.logits, validate_args=False).sample((n,))
+        loc = self.loc[k]
+        return loc + self.log_scale[k].exp() * torch.randn_like(loc)  # torch.normal would wait for a GPU
 
     @torch.no_grad()
     def responsibilities(self, z: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ class CVAE(LatentVariableModule):
         """Draws from the prior that all conditions share, (n, d), and the responsibilities of its normals (n, K)."""
         if self.mixture is None:
             return torch.randn(n, self.encoder.loc.out_features, device=self.device), None
-        z = self.mixture().sample((n,))
+        z = self.mixture.sample(n)
         return z, self.mixture.responsibilities(z)
 
     @property
@@ -195,10 +202,10 @@ class CVAE(LatentVariableModule):
         """Whether batches are aligned."""
         return bool(self.alignment.weight)
 
-    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
         kinds = None
-        if self.kinds is not None and self.training and late:
+        if self.kinds is not None and self.training and has_come(late):
             self.kinds = self.kinds.to(self.device)
             kinds = self.kinds(encoder_input(self.likelihood, batch), batch.batch_index)
         return self.alignment.penalty(batch, late, kinds)

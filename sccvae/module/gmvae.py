@@ -313,14 +313,14 @@ class GMVAE(EvidenceModule):
         """Draws of z from the mixture, (n, d), w from N(0, I), and their components, one-hot (n, K)."""
         p_z = self.components(torch.randn(n, self.n_w, device=self.device))
         y = torch.randint(self.n_components, (n,), device=self.device)
-        return p_z.sample()[torch.arange(n, device=self.device), y], one_hot(y, self.n_components).to(p_z.loc.dtype)
+        return p_z.rsample()[torch.arange(n, device=self.device), y], one_hot(y, self.n_components).to(p_z.loc.dtype)
 
     @property
     def has_late_penalty(self) -> bool:
         """Whether batches are aligned."""
         return bool(self.alignment.weight)
 
-    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
         """``alignment`` as in the CVAE; ``consistency``: the virtual adversarial penalty on q(y|z,x), z moving with x.
 
         Miyato et al. 2018, equation 6.

@@ -134,7 +134,7 @@ class IDEC(GenerativeModule):
         """Log of the target p, (n, K), for log q (n, K); without gradient (equation 3)."""
         return (2 * log_q.detach() - self.frequencies.log()).log_softmax(-1)
 
-    def penalties(self, batch: Batch, late: float) -> dict[str, Tensor]:
+    def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
         """``clustering``: ``gamma`` G KL(p || q), the mean over the batch (equation 6)."""
         del late
         if self.stage == "pretraining":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from sccvae._recording import Recorder
 from sccvae.module import Batch, GenerativeModule
 from sccvae.train.schedules import Schedule
 
@@ -34,6 +34,9 @@ class TrainingPlan(LightningModule):
         Highest learning rate of Adam.
     weight_decay
         Decoupled weight decay.
+    recorder
+        Plays recordings of the steps (on a GPU); callbacks of Lightning about a single step are then not called. None
+        takes each step anew.
 
     Attributes
     ----------
@@ -46,17 +49,24 @@ class TrainingPlan(LightningModule):
     """
 
     def __init__(
-        self, module: GenerativeModule, schedule: Schedule, *, lr: float = 1e-3, weight_decay: float = 0.0
+        self,
+        module: GenerativeModule,
+        schedule: Schedule,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        recorder: Recorder | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.module = module
         self.schedule = schedule
         self.lr, self.weight_decay = lr, weight_decay
+        self.recorder = recorder
         self.n_steps = 0
         self.rows: list[dict[str, float]] = []
         self.optimizer_state: dict[str, Any] | None = None
-        self._sums: dict[str, dict[str, Tensor]] = {"train": defaultdict(float), "validation": defaultdict(float)}
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "validation": {}}
         self._counts = {"train": 0, "validation": 0}
         self._validation: dict[str, float] = {}
 
@@ -68,6 +78,8 @@ class TrainingPlan(LightningModule):
         others = [p for name, p in weights if not name.startswith("likelihood.log_")]
         groups = [{"params": others, "speed": 1.0}, {"params": spread, "speed": SPREAD_SPEED}]
         groups = [group for group in groups if group["params"]]
+        if self.recorder is not None:  # a recording reads the learning rates where they lie
+            groups = [group | {"lr": torch.tensor(self.lr, device=self.device)} for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
         if self.optimizer_state is not None:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
@@ -76,25 +88,25 @@ class TrainingPlan(LightningModule):
     def training_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """One optimiser step for each mini-batch of the chunk."""
         optimizer = self.optimizers()
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
         for tensors in chunk:
-            for group in optimizer.param_groups:
-                group["lr"] = group["speed"] * self.lr * self.schedule.lr(self.n_steps)
-            batch = Batch(**tensors)
-            factors = {"kl_weight": self.schedule.kl(self.n_steps), "late": self.schedule.late(self.n_steps)}
-            objective, report = self.module.loss(batch, **factors)
-            for weight in weights:  # as optimizer.zero_grad(), but for its books: they take a fiftieth of a step
-                weight.grad = None
-            self.manual_backward(objective)
-            optimizer.step()
+            if self.recorder is None:
+                factors = self.schedule.at(self.n_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["speed"] * self.lr * factors["lr"]
+                self._update(tensors, factors["kl_weight"], factors["late"], optimizer)
+            else:
+                late = self.schedule.late(self.n_steps) > 0
+                self.recorder.run(("train", late), self._with_late if late else self._without_late, tensors)
             self.n_steps += 1
-            self._add("train", report, len(batch))
+            self._counts["train"] += len(tensors["x"])
+        if self.recorder is not None:  # what an optimiser of Lightning counts
+            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed += len(chunk)
         if self.trainer.world_size > 1:  # running means of batch norm: each process has seen other cells
             for buffer in self.module.buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
-        if not torch.isfinite(report["loss"]):
-            bad = [name for name, value in report.items() if not torch.isfinite(value)]
+        if not torch.isfinite(self._sums["train"]["loss"]):
+            bad = [name for name, value in self._sums["train"].items() if not torch.isfinite(value)]
             msg = (
                 f"The loss is no longer finite at optimiser step {self.n_steps} (terms {bad}); the model goes "
                 "back to its best "
@@ -103,17 +115,54 @@ class TrainingPlan(LightningModule):
             )
             raise FloatingPointError(msg)
 
+    def _update(
+        self, tensors: dict[str, Tensor], kl_weight: float | Tensor, late: float | Tensor, optimizer: Any
+    ) -> None:
+        """One optimiser step."""
+        batch = Batch(**tensors)
+        objective, report = self.module.loss(batch, kl_weight=kl_weight, late=late)
+        for group in optimizer.param_groups:  # as optimizer.zero_grad(), but for its books: a fiftieth of a step
+            for weight in group["params"]:
+                weight.grad = None
+        self.manual_backward(objective)
+        optimizer.step()
+        self._add("train", report, len(batch))
+
+    def _with_late(self, tensors: dict[str, Tensor], *, late: bool = True) -> None:
+        """The same without a number that changes from step to step: the schedule lies on the device, as a table."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        factors = self._schedule.index_select(0, self._step)[0]
+        for group in optimizer.param_groups:
+            group["lr"].copy_(factors[2] * group["speed"])
+            group["capturable"] = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self._update(tensors, factors[0], factors[1] if late else 0.0, optimizer)
+        self._step.add_(1)
+
+    def _without_late(self, tensors: dict[str, Tensor]) -> None:
+        self._with_late(tensors, late=False)
+
     def validation_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """Terms at the target KL weight, so that epochs compare whatever the warm-up."""
         for tensors in chunk:
-            batch = Batch(**tensors)
-            _, report = self.module.loss(batch, kl_weight=self.schedule.kl_weight)
-            self._add("validation", report, len(batch))
+            if self.recorder is None:
+                self._look(tensors)
+            else:
+                self.recorder.run("validation", self._look, tensors)
+            self._counts["validation"] += len(tensors["x"])
+
+    def _look(self, tensors: dict[str, Tensor]) -> None:
+        batch = Batch(**tensors)
+        self._add("validation", self.module.loss(batch, kl_weight=self.schedule.kl_weight)[1], len(batch))
 
     def on_train_start(self) -> None:
-        """Several processes draw different noise."""
+        """Several processes draw different noise; a recorder finds the schedule on the device."""
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + len(self.rows) + 1_000_003 * (1 + self.trainer.global_rank))
+        if self.recorder is not None:
+            steps = (self.schedule.at(step) for step in range(self.schedule.total_steps))
+            table = [(f["kl_weight"], f["late"], self.lr * f["lr"]) for f in steps]
+            self._schedule = torch.tensor(table, device=self.device)
+            self._step = torch.tensor([self.n_steps], device=self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation cells; the weights are those at the end of the epoch."""
@@ -129,9 +178,11 @@ class TrainingPlan(LightningModule):
         self.rows.append(means | self._validation)
 
     def _add(self, part: str, report: dict[str, Tensor], n: int) -> None:
+        sums = self._sums[part]
         for name, value in report.items():
-            self._sums[part][name] += value * n
-        self._counts[part] += n
+            if name not in sums:
+                sums[name] = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+            sums[name].add_(value, alpha=n)
 
     def _means(self, part: str) -> dict[str, float]:
         values = torch.stack([*self._sums[part].values(), torch.tensor(float(self._counts[part]), device=self.device)])
@@ -139,6 +190,8 @@ class TrainingPlan(LightningModule):
             values = self.trainer.strategy.reduce(values, reduce_op="sum")
         totals = (values[:-1] / values[-1]).tolist()
         means = {f"{name}_{part}": mean for name, mean in zip(self._sums[part], totals, strict=True)}
-        self._sums[part].clear()
+        with torch.inference_mode():  # sums of a validation were made in it
+            for total in self._sums[part].values():
+                total.zero_()
         self._counts[part] = 0
         return means

@@ -78,3 +78,7 @@ class Schedule:
             return (step + 1) / rise
         done = min(1.0, (step - rise) / max(1, self.total_steps - rise))
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+    def at(self, step: int) -> dict[str, float]:
+        """``kl_weight``, ``late`` and ``lr`` at optimiser step ``step``."""
+        return {"kl_weight": self.kl(step), "late": self.late(step), "lr": self.lr(step)}
