@@ -1,14 +1,18 @@
-"""Log mass of negative binomial counts and its gradients in one pass; on the CPU by numba.
+"""Log mass of negative binomial counts and its gradients in one pass.
 
 Two loops for each cell. One over all genes as if the count were zero, in float32, which the compiler turns into vector
 instructions; one over the counts that are not zero, in float64. Around them the softmax that gives the means, and its
-gradient, while the cell is in the cache. For float64, on other devices and where numba is missing torch does the same
-(``_by_torch``); dense counts there are left to ``masses``. Dropping counts at random is here too.
+gradient, while the cell is in the cache. On an NVIDIA GPU Triton does the same (``_gpu``). For float64, on other
+devices and where numba or Triton is missing torch does (``_by_torch``); dense counts there are left to ``masses``.
+Dropping counts at random is here too.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,8 @@ from torch.nn.functional import logsigmoid, softplus
 from sccvae._compiled import has_numba, in_threads
 from sccvae._rows import SparseRows, random_bytes
 
+logger = logging.getLogger(__name__)
+
 
 def applies(x: Tensor | SparseRows, *parameters: Tensor) -> bool:
     """Whether the kernels can be used: one floating type and device; off the CPU or without numba for rows alone."""
@@ -28,6 +34,24 @@ def applies(x: Tensor | SparseRows, *parameters: Tensor) -> bool:
 
 def _by_loops(x: Tensor | SparseRows) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and has_numba()
+
+
+def _by_triton(x: Tensor | SparseRows) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cuda" and _has_triton(x.device)
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton, which comes with torch on Linux, compiles here: it also needs a C compiler."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from sccvae.distributions import _gpu
+
+        return _gpu.works(device)
+    except Exception as error:  # whatever keeps it from working, torch does the same
+        logger.info("Triton cannot be used (%s: %s); likelihoods are computed by torch.", type(error).__name__, error)
+        return False
 
 
 def _flat(scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +142,11 @@ class _NegativeBinomial(torch.autograd.Function):
             given = scores_, top, depth, log_theta_, theta.float(), theta, own, inflated, *found, total
             arrays = *rows_of_x.arrays(), *(t.numpy() for t in given)
             in_threads(_loops.cells, n, n * x.shape[-1], *arrays)
+        elif _by_triton(x):
+            from sccvae.distributions import _gpu
+
+            depth = None if log_depth is None else log_depth.detach().reshape(-1)
+            total = _gpu.cells(rows_of_x, scores_, depth, log_theta_, theta, own, inflated, *found)
         else:
             total = _by_torch(rows_of_x, scores_, log_theta_, own, theta, inflated, *found)
         ctx.save_for_backward(*found)
@@ -202,7 +231,7 @@ def _sum(
     rows: Tensor | None,
     logits: Tensor | None,
 ) -> Tensor:
-    if log_depth is not None and not _by_loops(x):  # only the loops take a softmax along
+    if log_depth is not None and not (_by_loops(x) or _by_triton(x)):  # only these take a softmax along
         scores, log_depth = scores.log_softmax(-1) + log_depth, None
     return _NegativeBinomial.apply(x, scores, log_depth, log_theta, rows, logits)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,26 @@ def kl_standard_normal(loc: Tensor, scale: Tensor) -> Tensor:
 
     Returns
     -------
-    (...,) sum over the d latent dimensions; never negative, but for rounding.
+    (...,) sum over the d latent dimensions; never negative, but for rounding. With gradients of first order.
     """
-    return 0.5 * (scale.square() + loc.square() - 1 - 2 * torch.log(scale)).sum(-1)
+    return _KLStandardNormal.apply(loc, scale)
+
+
+class _KLStandardNormal(torch.autograd.Function):
+    """A third of the operations that autograd would take, each far smaller than its launch."""
+
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(loc, scale)
+        twice = torch.addcmul(loc.square(), scale, scale).sub_(scale.log(), alpha=2).sum(-1)
+        return twice.sub_(loc.shape[-1]).mul_(0.5)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = ctx.saved_tensors
+        g = g[..., None]
+        return g * loc, g * (scale - scale.reciprocal())
 
 
 def kl_categorical(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from sccvae._rows import SparseRows, dense, few
-from sccvae.distributions import Likelihood, Observation, kl_normal
+from sccvae.distributions import Likelihood, Observation, kl_normal, kl_standard_normal
 from sccvae.module._factorization import Factorization
 
 
@@ -243,7 +243,7 @@ class LatentVariableModule(EvidenceModule, ABC):
 
     def _kl(self, q: Normal, p: Distribution, draws: Tensor) -> Tensor:
         if self.kl == "analytic" and isinstance(p, Normal):
-            return kl_normal(q.loc, q.scale, p.loc, p.scale)
+            return kl_of(q, p)
         return (log_density(q, draws) - log_density(p, draws)).mean(0)
 
     def log_weights(self, batch: Batch, n_samples: int) -> Tensor:
@@ -260,6 +260,15 @@ def log_density(p: Distribution, z: Tensor) -> Tensor:
     return log_p if p.event_shape else log_p.sum(-1)
 
 
-def standard_normal(x: Tensor) -> Normal:
+class StandardNormal(Normal):
     """N(0, 1) as scalars of the type and device of ``x``, to broadcast over any latent variable."""
-    return Normal(x.new_zeros(()), x.new_ones(()), validate_args=False)
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x.new_zeros(()), x.new_ones(()), validate_args=False)
+
+
+def kl_of(q: Normal, p: Normal) -> Tensor:
+    """KL(q || p) in nats, summed over the latent dimensions, (..., n) (equation 4.13)."""
+    if isinstance(p, StandardNormal):
+        return kl_standard_normal(q.loc, q.scale)
+    return kl_normal(q.loc, q.scale, p.loc, p.scale)

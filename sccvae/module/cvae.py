@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 
 from sccvae.distributions import Likelihood, Observation
-from sccvae.module._base import Batch, LatentVariableModule, standard_normal
+from sccvae.module._base import Batch, LatentVariableModule, StandardNormal
 from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, has_come, likelihood_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import InputDropout, encoder_input
@@ -175,7 +175,7 @@ class CVAE(LatentVariableModule):
         """The mixture, N(z; 0, I), or p(z|c) by a network."""
         if self.mixture is not None:
             return {"z": self.mixture()}
-        return {"z": standard_normal(batch.library) if self.shared_prior else self.prior_net(self.c(batch))}
+        return {"z": StandardNormal(batch.library) if self.shared_prior else self.prior_net(self.c(batch))}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """p(x|z,c) if the prior is shared, p(x|z) with the learned one."""

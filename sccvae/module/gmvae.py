@@ -18,8 +18,9 @@ from sccvae.distributions import (
     kl_categorical,
     kl_dirichlet,
     kl_normal,
+    kl_standard_normal,
 )
-from sccvae.module._base import Batch, EvidenceModule, standard_normal
+from sccvae.module._base import Batch, EvidenceModule, StandardNormal, kl_of
 from sccvae.module._batches import Alignment, likelihood_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import encoder_input
@@ -242,7 +243,7 @@ class GMVAE(EvidenceModule):
 
     def prior_w(self, batch: Batch) -> Normal:
         """p(w) = N(0, I), or p(w|c)."""
-        return self.w_net(self.c(batch)) if self.learned_w else standard_normal(batch.library)
+        return self.w_net(self.c(batch)) if self.learned_w else StandardNormal(batch.library)
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """p(x|z,c), or p(x|z) if c enters through p(w|c)."""
@@ -268,7 +269,7 @@ class GMVAE(EvidenceModule):
         terms = {"reconstruction": -batch.log_prob(self.generative({"z": z}, batch))}
         if self.stage == "warmup":
             zero = z.new_zeros(len(z))
-            kl_z = kl_normal(q["z"].loc, q["z"].scale, z.new_zeros(()), z.new_ones(()))
+            kl_z = kl_standard_normal(q["z"].loc, q["z"].scale)
             return terms | {"kl_z": kl_z} | {f"kl_{v}": zero for v in ("w", "y", "d")[: 3 if self.dirichlet else 2]}
         log_q = self.log_q_y(encoder_input(self.likelihood, batch), z, self.c(batch))
         seen, y = self._seen(batch, log_q)
@@ -277,7 +278,7 @@ class GMVAE(EvidenceModule):
         p_z = self.components(w)
         kl_z = kl_normal(q["z"].loc[:, None], q["z"].scale[:, None], p_z.loc, p_z.scale)  # (n, K)
         terms["kl_z"] = (torch.where(seen, y, log_q.exp()) * kl_z).sum(-1)
-        terms["kl_w"] = kl_normal(q["w"].loc, q["w"].scale, p_w.loc, p_w.scale)
+        terms["kl_w"] = kl_of(q["w"], p_w)
         if self.dirichlet:
             d = self.q_d(log_q.exp())
             log_p_y = expected_log_probability(d)

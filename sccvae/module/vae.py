@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from sccvae.distributions import Likelihood, Observation, as_likelihood
-from sccvae.module._base import Batch, LatentVariableModule, standard_normal
+from sccvae.module._base import Batch, LatentVariableModule, StandardNormal
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import MLP, GaussianEncoder
@@ -76,7 +76,7 @@ class VAE(LatentVariableModule):
 
     def prior(self, batch: Batch) -> dict[str, Normal]:
         """p(z) = N(0, I)."""
-        return {"z": standard_normal(batch.library)}
+        return {"z": StandardNormal(batch.library)}
 
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """p(x|z)."""

@@ -155,7 +155,7 @@ class _SumOfKernels(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
         """The sum, a scalar, for z (n, d) and weights (n, n)."""
         z = z - z.mean(0)
-        distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square_() / z.shape[1]
+        distance = _squared_distances(z).div_(z.shape[1])
         total, slope = torch.zeros_like(distance), torch.zeros_like(distance)
         for w in WIDTHS:
             kernel = torch.exp(distance / -w)
@@ -171,3 +171,11 @@ class _SumOfKernels(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         """Gradient by z, (n, d)."""
         return g * ctx.saved_tensors[0], None
+
+
+def _squared_distances(z: Tensor) -> Tensor:
+    """Between all rows of z (n, d), (n, n)."""
+    if z.device.type == "cpu":
+        return torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    squares = z.square().sum(-1)  # a GPU takes a block of threads for each pair in cdist
+    return torch.addmm(squares[:, None] + squares, z, z.T, alpha=-2).clamp_(min=0)
