@@ -231,7 +231,7 @@ def test_responsibilities_are_bayes_rule():
     loc, scale = mixture.loc.detach().numpy(), mixture.log_scale.exp().detach().numpy()
     weights = mixture.logits.softmax(0).detach().numpy()
     joint = weights * np.stack([norm.pdf(z.numpy(), m, s).prod(1) for m, s in zip(loc, scale, strict=True)], 1)
-    found = mixture.responsibilities(z).detach().numpy()
+    found = mixture().responsibilities(z).detach().numpy()
     np.testing.assert_allclose(found, joint / joint.sum(1, keepdims=True), rtol=1e-4)
 
 
@@ -257,7 +257,7 @@ def test_penalty_is_weighted_and_no_part_of_the_elbo(make):
     torch.manual_seed(4)
     z = module.inference(batch)["z"].rsample((1,))[0]
     if isinstance(module, Module):
-        kinds = module.mixture.responsibilities(z)
+        kinds = module.mixture().responsibilities(z)
     else:
         kinds = module.log_q_y(module.likelihood.encoder_input(batch.x, batch.library), z, module.c(batch)).exp()
     torch.testing.assert_close(report["alignment"], 7.0 * batch_discrepancy(z, batch.batch_index, 2, kinds))

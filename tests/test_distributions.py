@@ -24,6 +24,7 @@ from sccvae.distributions import (
     Bernoulli,
     NegativeBinomial,
     Normal,
+    NormalMixture,
     Poisson,
     as_likelihood,
     kernels,
@@ -427,6 +428,26 @@ def test_names_of_likelihoods():
     assert not isinstance(as_likelihood("nb"), ZINB)
     with pytest.raises(ValueError, match=r"No likelihood is called 'gauss'; choose one of .*'normal'"):
         as_likelihood("gauss")
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 5)])
+def test_mixture_of_normals(lead):
+    """Against torch's own, with gradients; draws by their moments."""
+    torch.manual_seed(0)
+    given = [torch.randn(*lead, 3), torch.randn(4, 3), 0.5 * torch.randn(4, 3), torch.randn(4)]
+    z, *parameters = (t.double().requires_grad_() for t in given)
+    p, (loc, log_scale, logits) = NormalMixture(*parameters), parameters
+    normals = td.Independent(td.Normal(loc, log_scale.exp()), 1)
+    wanted = td.MixtureSameFamily(td.Categorical(logits=logits), normals)
+    assert p.event_shape == wanted.event_shape
+    close(p.log_prob(z), wanted.log_prob(z))
+    assert torch.autograd.gradcheck(lambda z, *q: NormalMixture(*q).log_prob(z), [z, *parameters])
+    joint = wanted.mixture_distribution.logits + wanted.component_distribution.log_prob(z[..., None, :])
+    close(p.responsibilities(z), joint.softmax(-1))
+    close(p.mean, wanted.mean)
+    draws = p.sample((40_000,))
+    torch.testing.assert_close(draws.mean(0), wanted.mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(draws.var(0), wanted.variance, atol=0.0, rtol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_recording": ({"_rows"}, {"torch"}),
     "_rows": ({"_compiled", "_rows_loops"}, {"numpy", "torch"}),
     "_rows_loops": ({"_compiled"}, {"numpy"}),
-    "distributions": ({"_compiled", "_rows"}, {"numpy", "torch"}),
+    "distributions": ({"_compiled", "_rows"}, {"numpy", "torch", "triton"}),
     "nn": ({"_rows"}, {"numpy", "torch"}),
     "module": ({"_rows", "distributions", "nn"}, {"numpy", "torch"}),
     "data": (
@@ -63,14 +63,15 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
 }
 # What must not even be loaded by way of a third package when a room is imported.
 STAYS_UNLOADED = {
-    "distributions": {"anndata", "lightning", "numba", "scanpy", "scvi"},
+    "distributions": {"anndata", "lightning", "numba", "scanpy", "scvi", "triton"},
     "nn": {"anndata", "lightning", "numba", "scanpy", "scvi"},
     "module": {"anndata", "lightning", "scanpy", "scvi"},
     "datasets": {"lightning", "scvi", "torch"},
     "metrics": {"lightning", "scvi", "torch"},
     "pl": {"lightning", "scvi", "torch"},
 }
-DISTRIBUTION_OF = {"scib_metrics": "scib-metrics", "scvi": "scvi-tools", "sklearn": "scikit-learn"}
+# triton comes with the torch for NVIDIA GPUs, and is done without elsewhere
+DISTRIBUTION_OF = {"scib_metrics": "scib-metrics", "scvi": "scvi-tools", "sklearn": "scikit-learn", "triton": "torch"}
 # What a function of tl or pl works on comes first and has one of these names.
 FIRST_PARAMETERS = {"adata", "images", "model", "model_or_history", "predicted", "table"}
 MOST_POSITIONAL = 5

@@ -11,6 +11,7 @@ from sccvae.distributions.kl import (
     kl_standard_normal,
 )
 from sccvae.distributions.masses import log_nb, log_poisson, log_zinb
+from sccvae.distributions.mixture import NormalMixture
 
 __all__ = [
     "LIKELIHOODS",
@@ -19,6 +20,7 @@ __all__ = [
     "Likelihood",
     "NegativeBinomial",
     "Normal",
+    "NormalMixture",
     "Observation",
     "Poisson",
     "as_likelihood",

@@ -244,7 +244,7 @@ class LatentVariableModule(EvidenceModule, ABC):
     def _kl(self, q: Normal, p: Distribution, draws: Tensor) -> Tensor:
         if self.kl == "analytic" and isinstance(p, Normal):
             return kl_of(q, p)
-        return (log_density(q, draws) - log_density(p, draws)).mean(0)
+        return (log_density_of_draws(q, draws) - log_density(p, draws)).mean(0)
 
     def log_weights(self, batch: Batch, n_samples: int) -> Tensor:
         """Log importance weights log p(x,z|c) - log q(z|x,c) of draws from q, (n_samples, n) in nats."""
@@ -258,6 +258,16 @@ def log_density(p: Distribution, z: Tensor) -> Tensor:
     """Log density of vectors z (..., n, d) in nats, (..., n), under normals of each value or a distribution of (d,)."""
     log_p = p.log_prob(z)
     return log_p if p.event_shape else log_p.sum(-1)
+
+
+def log_density_of_draws(q: Normal, z: Tensor) -> Tensor:
+    """Log density of draws z = loc + scale noise, (..., n, d), of q itself in nats, (..., n).
+
+    With z moving with q it is -log scale and a constant: only this has a gradient, the same as autograd finds.
+    """
+    with torch.no_grad():
+        constant = -0.5 * (((z - q.loc) / q.scale).square() + math.log(2 * math.pi)).sum(-1)
+    return constant - q.scale.log().sum(-1)
 
 
 class StandardNormal(Normal):

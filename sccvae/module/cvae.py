@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+from torch.distributions import Distribution, Normal
 
-from sccvae.distributions import Likelihood, Observation
+from sccvae.distributions import Likelihood, NormalMixture, Observation
 from sccvae.module._base import Batch, LatentVariableModule, StandardNormal
 from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, has_come, likelihood_of
 from sccvae.module._factorization import Factorization
@@ -34,23 +34,9 @@ class Mixture(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(n_components, n_latent))
         self.logits = nn.Parameter(torch.zeros(n_components))
 
-    def forward(self) -> MixtureSameFamily:
+    def forward(self) -> NormalMixture:
         """The distribution of vectors (d,)."""
-        normals = Independent(Normal(self.loc, self.log_scale.exp(), validate_args=False), 1, validate_args=False)
-        return MixtureSameFamily(Categorical(logits=self.logits, validate_args=False), normals, validate_args=False)
-
-    @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
-        """Draws of z, (n, d)."""
-        k = Categorical(logits=self.logits, validate_args=False).sample((n,))
-        loc = self.loc[k]
-        return loc + self.log_scale[k].exp() * torch.randn_like(loc)  # torch.normal would wait for a GPU
-
-    @torch.no_grad()
-    def responsibilities(self, z: Tensor) -> Tensor:
-        """p(k|z) of each normal, (n, K), for z (n, d); without gradient."""
-        p = self()
-        return (p.mixture_distribution.logits + p.component_distribution.log_prob(z[:, None])).softmax(-1)
+        return NormalMixture(self.loc, self.log_scale, self.logits)
 
 
 class CVAE(LatentVariableModule):
@@ -186,7 +172,7 @@ class CVAE(LatentVariableModule):
         draws = super().draw(q)
         if self.training:
             z = draws["z"][0]
-            self.alignment.note(z, None if self.mixture is None else self.mixture.responsibilities(z))
+            self.alignment.note(z, None if self.mixture is None else self.mixture().responsibilities(z))
         return draws
 
     @torch.no_grad()
@@ -194,8 +180,9 @@ class CVAE(LatentVariableModule):
         """Draws from the prior that all conditions share, (n, d), and the responsibilities of its normals (n, K)."""
         if self.mixture is None:
             return torch.randn(n, self.encoder.loc.out_features, device=self.device), None
-        z = self.mixture.sample(n)
-        return z, self.mixture.responsibilities(z)
+        p = self.mixture()
+        z = p.sample((n,))
+        return z, p.responsibilities(z)
 
     @property
     def has_late_penalty(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sccvae._rows import SparseRows
 
 #: Squared widths of the Gaussian kernels, in units of the dimension: a standard normal has a mean square of 2 there.
+#: Each is twice the one before.
 WIDTHS = (0.5, 1.0, 2.0, 4.0)
 #: Least weight of a cell of a kind that only one side holds: batches cannot stay apart by being kinds of their own.
 LEAST = 0.1
@@ -156,11 +157,12 @@ class _SumOfKernels(torch.autograd.Function):
         """The sum, a scalar, for z (n, d) and weights (n, n)."""
         z = z - z.mean(0)
         distance = _squared_distances(z).div_(z.shape[1])
-        total, slope = torch.zeros_like(distance), torch.zeros_like(distance)
-        for w in WIDTHS:
-            kernel = torch.exp(distance / -w)
+        kernel = torch.exp(distance / -WIDTHS[-1])
+        total, slope = kernel.clone(), kernel / -WIDTHS[-1]
+        for w in WIDTHS[-2::-1]:
+            kernel.square_()  # each width is half of the one after it
             total += kernel
-            slope -= kernel / w
+            slope.sub_(kernel, alpha=1 / w)
         by_distance = slope.mul_(weight)  # twice each: the weights are symmetric
         gradient = z * by_distance.sum(1, keepdim=True) - by_distance @ z
         ctx.save_for_backward(gradient * (4 / (z.shape[1] * len(WIDTHS))))
