@@ -106,24 +106,36 @@ class SparseRows:
         at = kept.repeat_interleave(lengths, output_size=len(self.values))
         return type(self)(starts, self.columns[at], self.values[at], self.n_columns)
 
+    def _like(self, values: Tensor) -> Self:
+        """Other values in the same places."""
+        new = type(self)(self.starts, self.columns, values, self.n_columns)
+        vars(new).update({name: made for name, made in vars(self).items() if name in ("rows", "places")})
+        return new
+
     def map(self, function: Callable[..., Tensor], *by_row: Tensor) -> Self:
         """``function`` of the values, (nnz,), and of what belongs to their rows, each (n, 1), given as (nnz,).
 
         It must leave zero at zero.
         """
-        repeats = self.starts.diff()
-        given = (t.reshape(-1).repeat_interleave(repeats, output_size=len(self.values)) for t in by_row)
-        return type(self)(self.starts, self.columns, function(self.values, *given), self.n_columns)
+        if self.device.type == "cpu":
+            repeats = self.starts.diff()
+            given = (t.reshape(-1).repeat_interleave(repeats, output_size=len(self.values)) for t in by_row)
+        else:
+            given = (t.reshape(-1)[self.rows] for t in by_row)
+        return self._like(function(self.values, *given))
 
     def drop(self, n: int) -> Self:
-        """Without each value with probability n / 256; the others times 256 / (256 - n). On the CPU, by numba."""
+        """With each value zero with probability n / 256; the others times 256 / (256 - n). On the CPU by numba."""
+        size, factor = len(self.values), 256 / (256 - n)
+        if self.device.type != "cpu":
+            kept = random_bytes(size, self.device) >= n
+            return self._like(self.values * kept.to(self.dtype).mul_(factor))
         from sccvae import _rows_loops
 
-        size, factor = len(self.values), np.float32(256 / (256 - n))
         # One place more: the loop writes before it knows whether a value is kept.
         starts, columns = torch.empty_like(self.starts), torch.empty(size + 1, dtype=torch.int32)
         kept = type(self)(starts, columns, torch.empty(size + 1), self.n_columns)
-        _rows_loops.thin(*self.arrays(), random_bytes(size).numpy(), np.uint8(n), factor, *kept.arrays())
+        _rows_loops.thin(*self.arrays(), random_bytes(size).numpy(), np.uint8(n), np.float32(factor), *kept.arrays())
         end = int(starts[-1])
         return type(self)(starts, columns[:end], kept.values[:end], self.n_columns)
 
@@ -138,6 +150,11 @@ class SparseRows:
         return torch.where(rows < len(self), rows, places % len(self))
 
     @cached_property
+    def places(self) -> Tensor:
+        """Place of each value in the flat matrix, (nnz,) int64."""
+        return self.rows * self.n_columns + self.columns
+
+    @cached_property
     def _dense(self) -> Tensor:
         x = self.values.new_zeros(self.shape)
         if self.device.type == "cpu" and has_numba():
@@ -145,7 +162,7 @@ class SparseRows:
 
             _rows_loops.scatter(*self.arrays(), x.numpy())
         else:  # added, not put: a value of no row must not hide one
-            x.view(-1).scatter_add_(0, self.rows * self.n_columns + self.columns, self.values)
+            x.view(-1).scatter_add_(0, self.places, self.values)
         return x
 
     def dense(self) -> Tensor:
@@ -163,7 +180,9 @@ class SparseRows:
         return turned
 
     def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """The matrix times weight (G, H), plus bias (H,): (n, H). On the CPU, by numba."""
+        """The matrix times weight (G, H), plus bias (H,): (n, H). On the CPU by numba, elsewhere as a dense product."""
+        if self.device.type != "cpu":
+            return torch.addmm(bias, self.dense(), weight)
         return _Linear.apply(self, weight, bias)
 
 
@@ -178,12 +197,14 @@ def dense(x: Tensor | SparseRows) -> Tensor:
 
 
 def few(x: Tensor | SparseRows) -> SparseRows | None:
-    """The values of x (n, G) that are not zero; None where its product with weights is not faster by them.
+    """The values of x (n, G) that are not zero; None where they are not a faster way to read it.
 
-    That is from a fifth of the values on, for few columns, in another type than float32, off the CPU and without numba;
-    and where a gradient by x is asked for.
+    On the CPU they are not from a fifth of the values on, for few columns, in another type than float32 and without
+    numba; and where a gradient by x is asked for. Elsewhere rows are taken as they come, and tensors left as they are.
     """
-    suits = x.dtype == torch.float32 and x.device.type == "cpu" and len(x.shape) == 2
+    if x.device.type != "cpu":
+        return x if isinstance(x, SparseRows) else None
+    suits = x.dtype == torch.float32 and len(x.shape) == 2
     if not suits or x.shape[1] < FEWEST_COLUMNS or not len(x) or not has_numba():
         return None
     if isinstance(x, SparseRows):

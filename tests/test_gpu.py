@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from _models import CASES, FAST, TINY, toy_for
 from _toys import toy_counts
 
+from sccvae._recording import _room_for
 from sccvae._rows import SparseRows
 from sccvae.distributions import NegativeBinomial, Poisson, kernels
 from sccvae.distributions.masses import log_nb, log_zinb
 from sccvae.model import CVAE, GMVAE, VAE
+from sccvae.module import Batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 fit = importlib.import_module("sccvae.train.fit")
@@ -82,8 +85,11 @@ def test_same_seed_same_bits(name):
         assert torch.equal(value, found[1][key]), key
 
 
+@pytest.mark.parametrize("by", ["triton", "torch"])
 @pytest.mark.parametrize("inflated", [False, True])
-def test_log_masses_on_the_gpu(inflated):
+def test_log_masses_on_the_gpu(inflated, by, monkeypatch):
+    if by == "torch":
+        monkeypatch.setattr(kernels, "_has_triton", lambda device: False)
     torch.manual_seed(0)
     x = torch.poisson(torch.full((50, 300), 0.3)) * torch.logspace(0, 4, 300).round()
     inputs = [3 * torch.randn(50, 300), 5 * torch.randn(1, 300)] + [torch.randn(50, 300)] * inflated
@@ -105,6 +111,27 @@ def test_log_masses_on_the_gpu(inflated):
         wanted = built(h, depth).log_prob(x)
         got = built.cuda()(h.cuda(), depth.cuda()).log_prob(x.cuda())
         torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_on_the_gpu():
+    """What is done to the values, the product and its gradients; with room for more values."""
+    torch.manual_seed(0)
+    x = torch.poisson(torch.full((50, 300), 0.2))
+    rows = _room_for(SparseRows.of(x).to("cuda"))
+    assert torch.equal(rows.dense().cpu(), x)
+    depth = torch.rand(50, 1) + 1
+    assert torch.equal(rows.map(lambda v, d: v / d, depth.cuda()).dense().cpu(), x / depth)
+    kept = rows.drop(77).dense().cpu()
+    torch.testing.assert_close(kept[kept != 0], x[kept != 0] * (256 / 179))
+    assert abs((kept != 0).sum() / (x != 0).sum() - 179 / 256) < 0.03
+    slow = [t.double().requires_grad_() for t in (torch.randn(300, 8), torch.randn(8))]
+    fast = [t.detach().float().cuda().requires_grad_() for t in slow]
+    wanted, got = torch.addmm(slow[1], x.double(), slow[0]), rows.linear(*fast)
+    wanted.square().sum().backward(), got.square().sum().backward()
+    for a, b in zip([got, *(t.grad for t in fast)], [wanted, *(t.grad for t in slow)], strict=True):
+        torch.testing.assert_close(a.detach().double().cpu(), b.detach(), rtol=1e-4, atol=1e-3)
+    every = Batch.of(x.cuda()).every(2)
+    assert torch.equal(replace(Batch.of(x.cuda()), x=rows).every(2).x, every.x)
 
 
 def test_a_gpu_without_room_for_the_cells_trains_from_memory(recorders, monkeypatch):

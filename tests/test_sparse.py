@@ -207,8 +207,19 @@ def test_rows_without_numba_and_on_another_device(monkeypatch):
     assert torch.equal(rows.dense(), x)
     there = rows.to("meta")
     assert {there.device, there.dense().device} == {torch.device("meta")}
-    assert _rows.few(there) is None
     assert rows.to("cpu") is rows
+
+
+def test_rows_on_another_device_are_read_there():
+    """Shapes and devices, by one that has no values; tests of a GPU see to these."""
+    x = SparseRows.of(counts()).to("meta")
+    assert _rows.few(x) is x
+    assert _rows.few(x.dense()) is None
+    weight, bias = torch.empty(G, 5, device="meta"), torch.empty(5, device="meta")
+    for rows in (x.map(torch.log1p), x.map(lambda v, d: v / d, torch.empty(7, 1, device="meta")), x.drop(77)):
+        assert rows.values.shape == x.values.shape
+        y = rows.linear(weight, bias)
+        assert (y.shape, y.device.type) == ((7, 5), "meta")
 
 
 def test_a_resampled_observation_is_dense():

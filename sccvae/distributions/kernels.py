@@ -92,11 +92,10 @@ def _by_torch(
 
 def _add_seen(x: SparseRows, log_mu: Tensor, log_theta: Tensor, own: Tensor, theta: Tensor, *to: Tensor) -> None:
     """Add derivatives and log mass (n, G) of the counts above zero to what is there, each in a place of its own."""
-    n_genes = x.n_columns
-    cells = torch.arange(0, len(log_mu), len(x), device=x.device)[:, None] + x.rows  # (k, nnz), of all draws
-    places = (cells * n_genes + x.columns).view(-1)
-    of_theta = (own[cells] * n_genes + x.columns).view(-1)
-    count, t = x.values.double().repeat(len(cells)), theta.view(-1)[of_theta]
+    draws = torch.arange(0, len(log_mu), len(x), device=x.device)[:, None]  # the first cell of each
+    places = (draws * x.n_columns + x.places).view(-1)  # (k, nnz)
+    of_theta = (own[draws + x.rows] * x.n_columns + x.columns).view(-1)
+    count, t = x.values.double().repeat(len(draws)), theta.view(-1)[of_theta]
     a = log_mu.view(-1)[places].double() - log_theta.view(-1)[of_theta].double()
     plus = torch.logaddexp(a, a.new_zeros(()))  # log(1 + mu / theta)
     slope = count * torch.sigmoid(-a) - t * torch.sigmoid(a)  # theta (x - mu) / (theta + mu)

@@ -84,7 +84,7 @@ class Batch:
     def every(self, step: int) -> Batch:
         """Each so-many-th observation, from the first on."""
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        if self.entries is None:  # as they will be read; how many values some rows have, a GPU does not tell at once
+        if self.entries is None or self.x.device.type != "cpu":  # a GPU does not tell at once how many values are left
             parts["x"] = self.dense
         return Batch(**{name: None if t is None else t[::step] for name, t in parts.items()})
 
