@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Hashable
+from contextlib import ExitStack
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +31,9 @@ class Recorder:
     A recording holds where its tensors lie. So a function must read and write the same ones each time (weights,
     gradients, sums), and decide nothing by their values. One that waits for the GPU is never recorded; that is logged.
 
+    As a context it has everything inside done on the stream that it records: no other may have to wait for that one,
+    as torch's default stream would for a gradient whose place in the graph was made there.
+
     Parameters
     ----------
     device
@@ -38,6 +44,17 @@ class Recorder:
         self._recordings: dict[Hashable, _Recording] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._inside = ExitStack()
+
+    def __enter__(self) -> Self:
+        before = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(before)
+        self._inside.callback(before.wait_stream, self._stream)
+        self._inside.enter_context(torch.cuda.stream(self._stream))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inside.close()
 
     def run(self, key: Hashable, function: Callable[[Tensors], None], tensors: Tensors) -> None:
         """Run a function on a mini-batch.
@@ -50,29 +67,40 @@ class Recorder:
             Takes tensors by name.
         tensors
             The mini-batch, on the GPU.
+
+        Raises
+        ------
+        RuntimeError
+            If the function cannot be recorded, though it does not wait for the GPU.
         """
         key = key, len(tensors["x"])
         if key not in self._recordings:
             self._recordings[key] = _Recording()
         self._recordings[key].run(self, function, tensors)
 
-    def warm_up(self, function: Callable[[], None], *, strict: bool) -> None:
-        """Run a function beside the main stream; if ``strict``, with an error if it waits for the GPU."""
-        main, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
-        self._stream.wait_stream(main)
-        try:
-            torch.cuda.set_sync_debug_mode("error" if strict else mode)
-            with torch.cuda.stream(self._stream):
+    def strictly(self, function: Callable[[], None]) -> None:
+        """Run a function, with an error if it waits for the GPU."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)  # good enough
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 function()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            main.wait_stream(self._stream)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record what a function does, without doing it; give what plays it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                function()
+        except RuntimeError as error:  # torch's random numbers on the GPU do not come back from it
+            msg = (
+                "A training step could not be recorded on the GPU. Start Python anew and train with "
+                f"cuda_graphs=False; please report it. ({str(error).splitlines()[0]})"
+            )
+            raise RuntimeError(msg) from error
         return graph.replay
 
 
@@ -91,8 +119,11 @@ class _Recording:
             function(tensors)
             return
         if self.n_runs <= WARM_UP:
+            if self.n_runs != 2:
+                function(tensors)
+                return
             try:
-                recorder.warm_up(lambda: function(tensors), strict=self.n_runs == 2)
+                recorder.strictly(lambda: function(tensors))
             except RuntimeError as error:
                 if "synchronizing" not in str(error):
                     raise

@@ -11,6 +11,8 @@ import pytest
 import torch
 from _models import CASES, FAST, TINY, toy_for
 from _toys import toy_counts
+from _training import Raise
+from lightning import Callback
 
 from sccvae._recording import _room_for
 from sccvae._rows import SparseRows
@@ -132,6 +134,51 @@ def test_rows_on_the_gpu():
         torch.testing.assert_close(a.detach().double().cpu(), b.detach(), rtol=1e-4, atol=1e-3)
     every = Batch.of(x.cuda()).every(2)
     assert torch.equal(replace(Batch.of(x.cuda()), x=rows).every(2).x, every.x)
+
+
+class Hold(Callback):
+    """Holds on to weights and what was computed of them, as somebody may who looks at them."""
+
+    def __init__(self):
+        self.held = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.held += [p.clone() for p in pl_module.parameters()]
+
+
+def test_what_others_hold_does_not_disturb_a_recording(recorders):
+    model = a_model("gmvae")
+    model.train(**FAST | {"accelerator": "gpu", "max_epochs": 6}, callbacks=[Hold()])
+    held = [p * 2 for p in model.module.parameters()]
+    model.train(**FAST | {"accelerator": "gpu", "max_epochs": 6}, callbacks=[Hold()])
+    assert all(p.is_cuda for p in held)
+    assert any(part.play is not None for recorder in recorders for part in recorder._recordings.values())
+
+
+def test_a_callback_that_waits_for_the_gpu_is_heard(recorders, caplog):
+    caplog.set_level(logging.INFO, logger="sccvae")
+
+    class Look(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            self.norm = float(next(p.grad for p in pl_module.parameters() if p.grad is not None).norm())
+
+    look = Look()
+    model = a_model("vae-nb")
+    model.train(**FAST | {"accelerator": "gpu", "max_epochs": 6}, callbacks=[look])
+    assert np.isfinite(look.norm)
+    assert "Steps are not recorded, as one waits for the GPU" in caplog.text
+    assert np.isfinite(model.history["elbo_validation"]["elbo_validation"]).all()
+
+
+def test_a_stopped_training_goes_on(tmp_path):
+    options = FAST | {"accelerator": "gpu", "max_epochs": 8, "early_stopping": False, "checkpoint_dir": tmp_path}
+    model = a_model("cvae-nb")
+    with pytest.raises(KeyError, match="stop here"):
+        model.train(**options, callbacks=[Raise(KeyError("stop here"), after=4)])
+    again = a_model("cvae-nb")
+    again.train(**options)
+    assert len(again.history["elbo_train"]) == 8
+    assert np.isfinite(again.history["elbo_train"]["elbo_train"]).all()
 
 
 def test_a_gpu_without_room_for_the_cells_trains_from_memory(recorders, monkeypatch):

@@ -162,9 +162,9 @@ class _NegativeBinomial(torch.autograd.Function):
         if ctx.rows is None:
             by_theta = _to(log_theta, g * d_theta)
         else:  # a product sums over the cells of each row
-            of_row = g.new_zeros(math.prod(log_theta[:-1]), len(g))
-            of_row[ctx.rows, torch.arange(len(g), device=g.device)] = g[:, 0]
-            by_theta = (of_row @ d_theta).reshape(log_theta)
+            n_rows = math.prod(log_theta[:-1])
+            of_row = g if n_rows == 1 else g * (ctx.rows[:, None] == torch.arange(n_rows, device=g.device))
+            by_theta = (of_row.T @ d_theta).reshape(log_theta)
         by_logits = None if logits is None else _to(logits, g * d_logits)
         return None, (g * d_scores).reshape(scores), None, by_theta, None, by_logits
 

@@ -55,6 +55,8 @@ class ResumableTraining(Checkpoint):
         tensors = {f"weights/{k}": v for k, v in plan.module.state_dict().items()}
         tensors |= {f"optimizer/{i}/{k}": v for i, state in optimizer_state.items() for k, v in state.items()}
         tensors["rng"] = torch.random.get_rng_state()
+        if plan.device.type == "cuda":
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(plan.device)
         header = {
             "format": FORMAT,
             "settings": self.settings,
@@ -114,6 +116,8 @@ class ResumableTraining(Checkpoint):
         plan.optimizer_state = part["optimizer"]
         plan.n_steps, plan.rows = header["n_steps"], header["rows"]
         torch.random.set_rng_state(tensors["rng"])
+        if "rng_cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng_cuda"])
         if self.best is not None:
             self.best.best, self.best.waited = header["best"], header["waited"]
             self.best.weights = part["best"] or None

@@ -234,11 +234,12 @@ def _on_gpu(plan: TrainingPlan, trainer: Trainer, loaders: Sequence[ChunkLoader]
     if near is store:
         yield
         return
+    plan.cpu()  # gradients of what was computed before then have no place on another stream (Recorder)
     try:
-        plan.recorder = Recorder(device)
-        for loader in loaders:
-            loader.store = near
-        yield
+        with Recorder(device) as plan.recorder:
+            for loader in loaders:
+                loader.store = near
+            yield
     finally:  # Lightning's trainer keeps loaders and plan; none of this is to stay on the GPU
         plan.recorder = None
         plan.zero_grad()

@@ -95,7 +95,7 @@ class TrainingPlan(LightningModule):
                     group["lr"] = group["speed"] * self.lr * factors["lr"]
                 self._update(tensors, factors["kl_weight"], factors["late"], optimizer)
             else:
-                late = self.schedule.late(self.n_steps) > 0
+                late = self.module.has_late_penalty and self.schedule.late(self.n_steps) > 0
                 self.recorder.run(("train", late), self._with_late if late else self._without_late, tensors)
             self.n_steps += 1
             self._counts["train"] += len(tensors["x"])
