@@ -301,13 +301,13 @@ def test_check_by_hand():
 def test_check_tells_a_fitting_likelihood_from_another():
     """Poisson bands are too narrow for overdispersed counts."""
     rng = np.random.default_rng(0)
-    mean = np.full((600, 8), 4.0)
+    mean = np.full((600, 30), 4.0)
     wide = rng.poisson(rng.gamma(0.5, mean / 0.5)).astype(np.float32)
     wide[:, 0] += 1
     obs = pd.DataFrame({"batch": np.array(["a", "b"])[np.arange(600) % 2]}, index=[f"c{i}" for i in range(600)])
     shares = {}
     for likelihood in ("poisson", "nb"):
-        cells = AnnData(wide.copy(), obs=obs.copy(), var=pd.DataFrame(index=[f"g{i}" for i in range(8)]))
+        cells = AnnData(wide.copy(), obs=obs.copy(), var=pd.DataFrame(index=[f"g{i}" for i in range(30)]))
         CVAE.setup_anndata(cells, batch_key="batch")
         fit = CVAE(cells, likelihood=likelihood, n_latent=2, n_hidden=8)
         fit.train(max_epochs=40, lr=1e-2, accelerator="cpu", progress_bar=False)

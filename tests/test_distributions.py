@@ -445,6 +445,7 @@ def test_mixture_of_normals(lead):
     joint = wanted.mixture_distribution.logits + wanted.component_distribution.log_prob(z[..., None, :])
     close(p.responsibilities(z), joint.softmax(-1))
     close(p.mean, wanted.mean)
+    close(p.variance, wanted.variance)
     draws = p.sample((40_000,))
     torch.testing.assert_close(draws.mean(0), wanted.mean, atol=0.05, rtol=0)
     torch.testing.assert_close(draws.var(0), wanted.variance, atol=0.0, rtol=0.05)

@@ -33,6 +33,12 @@ class NormalMixture(Distribution):
         loc, _, logits = self._given
         return logits.softmax(-1) @ loc
 
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each value of z, (d,)."""
+        loc, log_scale, logits = self._given
+        return logits.softmax(-1) @ ((2 * log_scale).exp() + (loc - self.mean).square())
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density in nats, (...,), for z (..., d); with gradients of first order by z and the parameters."""
         return _LogDensity.apply(z, *self._given)
