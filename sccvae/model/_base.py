@@ -198,7 +198,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         callbacks
             More Lightning callbacks.
         **trainer_options
-            For ``lightning.Trainer``, for example ``logger=``.
+            For ``lightning.Trainer``, for example ``logger=``; ``cuda_graphs`` as for :func:`sccvae.train.fit`.
 
         Raises
         ------
