@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from sccvae.data import (
     split_indices,
 )
 from sccvae.data.matrix import survey
+from sccvae.data.ondisk import give_back
 from sccvae.model import CVAE, GMVAE, IDEC, VAE
 
 N, G = 48, 12
@@ -443,3 +445,21 @@ def test_processes_share_every_epoch(n, disk, tmp_path, small_blocks, monkeypatc
     together = [c for share in shares for chunk in share for batch in chunk for c in batch]
     assert sorted(together) == list(range(n))
     assert min(len(b) for share in shares for chunk in share for b in chunk) > 1
+
+
+@pytest.mark.parametrize("library", [SimpleNamespace(), None], ids=["another C library", "none to be found"])
+def test_memory_is_given_back_where_that_can_be_asked(library, monkeypatch):
+    """A million cells leave 190 MB of freed blocks behind, which glibc keeps if it is not asked."""
+    give_back()
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=asked.append))
+    give_back()
+    assert asked == [0]
+
+    def missing(name):
+        if library is None:
+            raise OSError("no such library")
+        return library
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    give_back()

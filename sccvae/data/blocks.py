@@ -9,7 +9,7 @@ from itertools import chain, count
 import numpy as np
 from torch import Tensor, distributed
 
-from sccvae.data.ondisk import DiskMatrix
+from sccvae.data.ondisk import DiskMatrix, give_back
 from sccvae.data.store import CellStore, ChunkLoader, mini_batches
 
 #: Bytes of the matrix that are shuffled together in memory (while they are read, twice that).
@@ -59,7 +59,9 @@ class BlockLoader(ChunkLoader):
                 "`model.train(data='memory')`."
             )
             raise ImportError(msg) from error
-        super().__init__(store, np.sort(rows), batch_size, shuffle=True, seed=seed, n_processes=n_processes)
+        if (np.diff(rows) < 0).any():  # rows of a split are sorted: no copy of them
+            rows = np.sort(rows)
+        super().__init__(store, rows, batch_size, shuffle=True, seed=seed, n_processes=n_processes)
         n = math.ceil(len(self.rows) / n_processes)  # one less in some processes: as many chunks there
         sizes = chain(range(self.per_chunk, 0, -1), count(self.per_chunk + 1))
         self.per_chunk = next(p for p in sizes if n % (p * batch_size) != 1 or n == 1)
@@ -78,6 +80,7 @@ class BlockLoader(ChunkLoader):
         def fetch(store: CellStore, rows: np.ndarray) -> list[CellStore]:
             held.clear()  # scDataset still refers to the list; without this there would be two buffers at a time
             held.append(store.subset(rows))
+            give_back()
             return held
 
         # A new one for each epoch: its own seeds are sums of seed and epoch, and rank and size would come from torch.
@@ -89,7 +92,7 @@ class BlockLoader(ChunkLoader):
         batches_left = self.n_batches
         for tensors in scDataset(
             self.store,
-            BlockShuffling(self.block, indices=rows),
+            BlockShuffling(self.block, indices=rows.astype(np.int32 if len(self.store) < 2**31 else np.int64)),
             batch_size=self.chunk,
             fetch_factor=self.chunks_in_buffer,
             fetch_callback=fetch,
