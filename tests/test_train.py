@@ -349,3 +349,16 @@ def test_bfloat16_where_it_is_asked_for(likelihood):
 def test_lightning_counts_the_optimiser_steps():
     result = train(a_vae())
     assert result.trainer.global_step == 4 * math.ceil(len(TRAIN) / 8)
+
+
+# Devices
+
+
+def test_apples_gpu_is_left_alone(monkeypatch):
+    """It has no float64: `auto` takes the CPU, and who asks for it with counts is told."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    result = train(a_vae(), accelerator="auto")
+    assert result.trainer.strategy.root_device.type == "cpu"
+    for asked in ("mps", "gpu"):
+        with pytest.raises(ValueError, match=rf"accelerator='{asked}' is Apple's GPU .* use accelerator='cpu'"):
+            train(a_vae(), accelerator=asked)

@@ -188,7 +188,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         early_stopping, patience
             Stop when the negative ELBO of the validation cells has not fallen for ``patience`` epochs.
         accelerator, devices
-            As for ``lightning.Trainer``.
+            As for ``lightning.Trainer``; ``"auto"`` takes an NVIDIA GPU or the CPU.
         checkpoint_dir
             Folder for the state of the training after every epoch.
         seed

@@ -100,8 +100,9 @@ def fit(
     patience
         None for 10 epochs or 400 optimiser steps, whichever is longer. Epochs of the KL warm-up do not count.
     accelerator, devices
-        As for ``lightning.Trainer``. With several devices (``strategy="ddp"``) each process takes its share of every
-        epoch, ``batch_size`` is that of one process, and gradients are averaged.
+        As for ``lightning.Trainer``; ``"auto"`` takes an NVIDIA GPU or the CPU. With several devices
+        (``strategy="ddp"``) each process takes its share of every epoch, ``batch_size`` is that of one process, and
+        gradients are averaged.
     checkpoint_dir
         Folder for the state of the training after every epoch; a later call with the same settings goes on from there.
     seed
@@ -127,13 +128,15 @@ def fit(
     Raises
     ------
     ValueError
-        If there are too few training cells, epochs or cells in a mini-batch, or a checkpoint does not fit.
+        If there are too few training cells, epochs or cells in a mini-batch, a checkpoint does not fit, or Apple's GPU
+        is asked for and x are counts.
     FloatingPointError
         If the loss stops being finite; the module then has its best weights, or, before any validation, its first ones.
     """
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
         raise ValueError(msg)
+    accelerator = _accelerator(accelerator, module)
     n_processes = _processes(accelerator, devices, **trainer_options)
     if len(train_rows) < 2 * n_processes or 0 < len(validation_rows) < n_processes:
         msg = (
@@ -245,6 +248,21 @@ def _on_gpu(plan: TrainingPlan, trainer: Trainer, loaders: Sequence[ChunkLoader]
         plan.zero_grad()
         for loader in loaders:
             loader.store = store
+
+
+def _accelerator(asked: str, module: GenerativeModule) -> str:
+    """What to train on: as asked, but that ``"auto"`` leaves Apple's GPU alone, which has no float64."""
+    if not torch.backends.mps.is_available() or asked not in ("auto", "gpu", "mps"):
+        return asked
+    if asked == "auto":
+        return "cpu"
+    if module.likelihood.support == "counts":
+        msg = (
+            f"accelerator={asked!r} is Apple's GPU here, which has no float64, and log masses of counts need it; use "
+            "accelerator='cpu'."
+        )
+        raise ValueError(msg)
+    return asked
 
 
 def _processes(accelerator: str, devices: int | str | list[int], **options: Any) -> int:
