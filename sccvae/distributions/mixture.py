@@ -50,7 +50,7 @@ class NormalMixture(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """Draw z, (*sample_shape, d)."""
+        """Draw z, ``(*sample_shape, d)``."""
         loc, log_scale, logits = self._given
         k = Categorical(logits=logits, validate_args=False).sample(sample_shape)
         return loc[k] + log_scale[k].exp() * torch.randn_like(loc[k])  # torch.normal would wait for a GPU
