@@ -114,6 +114,7 @@ class _Recording:
         self.refused = False
 
     def run(self, recorder: Recorder, function: Callable[[Tensors], None], tensors: Tensors) -> None:
+        """As :meth:`Recorder.run`."""
         self.n_runs += 1
         if self.refused:
             function(tensors)

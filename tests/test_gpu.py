@@ -155,18 +155,39 @@ def test_what_others_hold_does_not_disturb_a_recording(recorders):
     assert any(part.play is not None for recorder in recorders for part in recorder._recordings.values())
 
 
-def test_a_callback_that_waits_for_the_gpu_is_heard(recorders, caplog):
+def test_a_callback_inside_a_step_is_called_at_each(recorders, caplog):
     caplog.set_level(logging.INFO, logger="sccvae")
 
     class Look(Callback):
+        norms = ()
+
         def on_after_backward(self, trainer, pl_module):
-            self.norm = float(next(p.grad for p in pl_module.parameters() if p.grad is not None).norm())
+            norm = next(p.grad for p in pl_module.parameters() if p.grad is not None).norm()
+            self.norms = (*self.norms, float(norm))
 
     look = Look()
     model = a_model("vae-nb")
     model.train(**FAST | {"accelerator": "gpu", "max_epochs": 6}, callbacks=[look])
-    assert np.isfinite(look.norm)
+    assert len(look.norms) == model.trainer.global_step
+    assert np.isfinite(look.norms).all()
+    assert "Steps are taken one by one, as callbacks are called inside them: Look." in caplog.text
+    assert not recorders
+
+
+def test_a_loss_that_waits_for_the_gpu_is_not_recorded(recorders, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="sccvae")
+    model = a_model("vae-nb")
+    loss = model.module.loss
+
+    def waits(*given, **more):
+        objective, report = loss(*given, **more)
+        assert objective.item() < 1e9
+        return objective, report
+
+    monkeypatch.setattr(model.module, "loss", waits)
+    model.train(**FAST | {"accelerator": "gpu", "max_epochs": 6})
     assert "Steps are not recorded, as one waits for the GPU" in caplog.text
+    assert all(part.play is None for recorder in recorders for part in recorder._recordings.values())
     assert np.isfinite(model.history["elbo_validation"]["elbo_validation"]).all()
 
 

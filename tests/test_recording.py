@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from _training import N, Raise, a_store, a_vae, an_ae, same_history, state, train
+from lightning import Callback
 from scipy import sparse
 
 from sccvae import _rows
@@ -126,6 +127,35 @@ def test_a_recorded_training_can_be_resumed(on_gpu, tmp_path):
         assert torch.equal(a, b)
 
 
+class AfterEach(Callback):
+    """Counts backward passes."""
+
+    n = 0
+
+    def on_after_backward(self, trainer, pl_module):
+        self.n += 1
+
+
+class FromOutside(Callback):
+    """The same by an attribute of its own."""
+
+    n = 0
+
+    def __init__(self):
+        self.on_before_optimizer_step = self.count
+
+    def count(self, *_):
+        self.n += 1
+
+
+@pytest.mark.parametrize("make", [AfterEach, FromOutside])
+def test_a_callback_inside_a_step_is_called_at_each(make, on_gpu):
+    callback = make()
+    train(a_vae(), store=sparse_store(), callbacks=[callback])
+    assert callback.n == 16
+    assert not on_gpu
+
+
 def test_a_loss_that_is_not_finite_is_seen(on_gpu):
     with pytest.raises(FloatingPointError, match=r"no longer finite at optimiser step .* lower learning rate"):
         train(a_vae(), store=sparse_store(), lr=1e30)
@@ -135,6 +165,7 @@ def test_other_precisions_and_several_processes_are_not_recorded(on_gpu):
     plan = SimpleNamespace(recorder=None)
     for other in ({"precision": "16-mixed"}, {"world_size": 2}):
         given = {"strategy": SimpleNamespace(root_device=torch.device("cpu")), "world_size": 1, "precision": "32-true"}
+        given["callbacks"] = []
         with fit._on_gpu(plan, SimpleNamespace(**given | other), [SimpleNamespace(store=sparse_store())]):
             assert plan.recorder is None
     assert not on_gpu

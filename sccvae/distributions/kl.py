@@ -47,6 +47,7 @@ class _KLStandardNormal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, scale: Tensor) -> Tensor:
+        """The divergence in nats, (...,), for loc and scale (..., d)."""
         ctx.save_for_backward(loc, scale)
         twice = torch.addcmul(loc.square(), scale, scale).sub_(scale.log(), alpha=2).sum(-1)
         return twice.sub_(loc.shape[-1]).mul_(0.5)
@@ -54,6 +55,7 @@ class _KLStandardNormal(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients by loc and scale, (..., d), for that of the result, (...,)."""
         loc, scale = ctx.saved_tensors
         g = g[..., None]
         return g * loc, g * (scale - scale.reciprocal())

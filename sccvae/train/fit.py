@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 PATIENCE_EPOCHS, PATIENCE_STEPS = 10, 400
 #: Precisions of Lightning whose steps can be recorded: others look at the gradients first.
 RECORDED = ("32-true", "bf16-mixed")
+#: What Lightning calls inside a step: a callback that has one of these is called at each step, so none is recorded.
+INSIDE = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
 
 @dataclass
@@ -115,7 +117,8 @@ def fit(
         End with the weights of the best validation epoch, else with the last ones.
     cuda_graphs
         On a single NVIDIA GPU whose memory has room for the cells: keep them there, record what a step does and play it
-        back, which takes a fraction of the time. Callbacks then see chunks of steps, not single ones.
+        back, which takes a fraction of the time. Not if a callback is to be called inside a step
+        (``on_after_backward``, ...).
     description
         What the progress bar calls this training.
     **trainer_options
@@ -233,8 +236,12 @@ def fit(
 def _on_gpu(plan: TrainingPlan, trainer: Trainer, loaders: Sequence[ChunkLoader]) -> Iterator[None]:
     """Inside, the cells lie on the GPU and steps are recorded, if there is one GPU that has room."""
     device, store = trainer.strategy.root_device, loaders[0].store
-    near = resident(store, device) if trainer.world_size == 1 and trainer.precision in RECORDED else store
+    inside = [type(c).__name__ for c in trainer.callbacks if any(_has(c, hook) for hook in INSIDE)]
+    recordable = trainer.world_size == 1 and trainer.precision in RECORDED and not inside
+    near = resident(store, device) if recordable else store
     if near is store:
+        if inside and device.type == "cuda":
+            logger.info("Steps are taken one by one, as callbacks are called inside them: %s.", ", ".join(inside))
         yield
         return
     plan.cpu()  # gradients of what was computed before then have no place on another stream (Recorder)
@@ -248,6 +255,11 @@ def _on_gpu(plan: TrainingPlan, trainer: Trainer, loaders: Sequence[ChunkLoader]
         plan.zero_grad()
         for loader in loaders:
             loader.store = store
+
+
+def _has(callback: Callback, hook: str) -> bool:
+    """Whether a callback does something of its own at a hook."""
+    return getattr(getattr(callback, hook), "__func__", None) is not getattr(Callback, hook)
 
 
 def _accelerator(asked: str, module: GenerativeModule) -> str:

@@ -34,12 +34,12 @@ class TrainingPlan(LightningModule):
         Highest learning rate of Adam.
     weight_decay
         Decoupled weight decay.
-    recorder
-        Plays recordings of the steps (on a GPU); callbacks of Lightning about a single step are then not called. None
-        takes each step anew.
 
     Attributes
     ----------
+    recorder
+        Plays recordings of the steps (on a GPU); what Lightning calls inside a step is then not called. None, as at
+        first, takes each step anew.
     n_steps
         Optimiser steps taken.
     rows
@@ -49,20 +49,14 @@ class TrainingPlan(LightningModule):
     """
 
     def __init__(
-        self,
-        module: GenerativeModule,
-        schedule: Schedule,
-        *,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        recorder: Recorder | None = None,
+        self, module: GenerativeModule, schedule: Schedule, *, lr: float = 1e-3, weight_decay: float = 0.0
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.module = module
         self.schedule = schedule
         self.lr, self.weight_decay = lr, weight_decay
-        self.recorder = recorder
+        self.recorder: Recorder | None = None
         self.n_steps = 0
         self.rows: list[dict[str, float]] = []
         self.optimizer_state: dict[str, Any] | None = None
