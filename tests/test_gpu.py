@@ -14,6 +14,7 @@ from _toys import toy_counts
 from _training import Raise
 from lightning import Callback
 
+from sccvae import _rows
 from sccvae._recording import _room_for
 from sccvae._rows import SparseRows
 from sccvae.distributions import NegativeBinomial, Poisson, kernels
@@ -91,7 +92,8 @@ def test_same_seed_same_bits(name):
 @pytest.mark.parametrize("inflated", [False, True])
 def test_log_masses_on_the_gpu(inflated, by, monkeypatch):
     if by == "torch":
-        monkeypatch.setattr(kernels, "_has_triton", lambda device: False)
+        for file in (kernels, _rows):
+            monkeypatch.setattr(file, "has_triton", lambda device: False)
     torch.manual_seed(0)
     x = torch.poisson(torch.full((50, 300), 0.3)) * torch.logspace(0, 4, 300).round()
     inputs = [3 * torch.randn(50, 300), 5 * torch.randn(1, 300)] + [torch.randn(50, 300)] * inflated

@@ -25,7 +25,8 @@ LONGEST_FILE = 420
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_compiled": (set(), {"numba", "torch"}),
     "_recording": ({"_rows"}, {"torch"}),
-    "_rows": ({"_compiled", "_rows_loops"}, {"numpy", "torch"}),
+    "_rows": ({"_compiled", "_rows_gpu", "_rows_loops"}, {"numpy", "torch"}),
+    "_rows_gpu": (set(), {"torch", "triton"}),
     "_rows_loops": ({"_compiled"}, {"numpy"}),
     "distributions": ({"_compiled", "_rows"}, {"numpy", "torch", "triton"}),
     "nn": ({"_rows"}, {"numpy", "torch"}),

@@ -10,13 +10,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from sccvae._rows import SparseRows
+from sccvae import _rows
+from sccvae._rows import SparseRows, has_triton
 from sccvae.distributions import kernels, log_nb, log_zinb
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch for a GPU")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+if find_spec("triton"):
+    from sccvae import _rows_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -91,17 +94,36 @@ def test_they_do_not_hide_nan(parameter, count):
         assert got.isnan().tolist() == [False, True]
 
 
-def test_what_keeps_triton_from_working_is_logged(monkeypatch, caplog):
-    from sccvae.distributions import _gpu
+@pytest.mark.parametrize("columns", [3, 1500])
+def test_rows(columns, monkeypatch):
+    """Empty ones, one with more values than are worked on at a time, and room after the last, with values to ignore."""
+    monkeypatch.setattr(_rows, "has_triton", lambda device: True)
+    x = torch.poisson(torch.full((4, columns), 0.5))
+    x[1], x[3] = 0, 0
+    rows = SparseRows.of(x)
+    place = rows.columns.new_full((9,), 2)
+    rows = SparseRows(
+        rows.starts, torch.cat([rows.columns, place]), torch.cat([rows.values, torch.full((9,), 7.0)]), columns
+    )
+    rows = rows.to(DEVICE)
+    assert torch.equal(rows.dense().cpu(), x)
+    given = _rows_gpu.spread(rows.starts, torch.arange(4.0, device=DEVICE), len(rows.values)).cpu()
+    assert torch.equal(given[:-9], x.nonzero()[:, 0].float())
+    assert given[-9:].unique().numel() > 1  # not one program alone
+    monkeypatch.setattr(SparseRows, "device", property(lambda rows: torch.device("cuda")))
+    mapped = rows.map(lambda v, d: v * d, torch.arange(1.0, 5.0, device=DEVICE)[:, None])
+    assert torch.equal(mapped.dense().cpu(), x * torch.arange(1.0, 5.0)[:, None])
 
-    assert _gpu.works(DEVICE)
+
+def test_what_keeps_triton_from_working_is_logged(monkeypatch, caplog):
+    assert _rows_gpu.works(DEVICE)
     caplog.set_level(logging.INFO, logger="sccvae")
 
     def fail(device):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(_gpu, "works", fail)
-    kernels._has_triton.cache_clear()
-    assert not kernels._has_triton(DEVICE)
-    kernels._has_triton.cache_clear()
+    monkeypatch.setattr(_rows_gpu, "works", fail)
+    has_triton.cache_clear()
+    assert not has_triton(torch.device("cuda"))
+    has_triton.cache_clear()
     assert "Triton cannot be used (RuntimeError: Failed to find C compiler)" in caplog.text

@@ -6,7 +6,6 @@ count is at most ``SMALL``: a sum over k below the count takes the place of log-
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +14,8 @@ from sccvae._rows import SparseRows
 
 #: Genes of a cell that are worked on at a time.
 BLOCK = 1024
+#: Counts of a cell that are worked on at a time.
+FEW = 128
 #: Whole counts up to this one go without log-gamma.
 SMALL = tl.constexpr(20)
 
@@ -74,8 +75,8 @@ def _large(x, log_mu, log_theta):
 
 
 @triton.jit
-def _nb(x, log_mu, mu, log_theta, theta):
-    """Log mass of counts, and derivatives by log mu and log theta."""
+def _nb(x, log_mu, mu, log_theta, theta, counted: tl.constexpr):
+    """Log mass of counts, and derivatives by log mu and log theta; of no more than zeros unless ``counted``."""
     r = tl.minimum(mu / theta, 1e30)
     small = r <= 1
     u = tl.where(small, r, 1.0) / tl.where(small, 2 + r, 2 * r + 1)
@@ -85,30 +86,78 @@ def _nb(x, log_mu, mu, log_theta, theta):
     high = r / (1 + r)
     slope = (x - mu) / (1 + r)
     rest = r * r / (2 + r) - more  # r - log(1 + r)
-    low = theta < 1  # which of two forms of theta (psi(x + theta) - psi(theta)), beside what it nearly cancels with
-    by_theta = tl.where(low, -x / (1 + r), x * high) + theta * tl.where(small, rest - r * high, high - plus)
-    mass = x * log_mu - theta * plus
-    few = (x <= SMALL) & (x == tl.floor(x))
-    whole = theta + theta * r
-    for k in range(tl.max(tl.where(few, x, 0.0)).to(tl.int32)):
-        counted = few & (k < x)
-        mass += tl.where(counted, tl.log((theta + k) / (whole * (k + 1))), 0.0)
-        by_theta += tl.where(counted, tl.where(low, theta, -k) / (theta + k), 0.0)
-    if tl.min(few.to(tl.int32)) == 0:
-        mass_, slope_, by_theta_ = _large(x, log_mu, log_theta)
-        mass = tl.where(few, mass, mass_.to(tl.float32))
-        slope = tl.where(few, slope, slope_.to(tl.float32))
-        by_theta = tl.where(few, by_theta, by_theta_.to(tl.float32))
+    by_theta = theta * tl.where(small, rest - r * high, high - plus)
+    mass = -theta * plus
+    if counted:
+        low = theta < 1  # which of two forms of theta (psi(x + theta) - psi(theta)), beside what it nearly cancels with
+        by_theta += tl.where(low, -x / (1 + r), x * high)
+        mass += x * log_mu
+        few = (x <= SMALL) & (x == tl.floor(x))
+        whole = theta + theta * r
+        for k in range(tl.max(tl.where(few, x, 0.0)).to(tl.int32)):
+            below = few & (k < x)
+            mass += tl.where(below, tl.log((theta + k) / (whole * (k + 1))), 0.0)
+            by_theta += tl.where(below, tl.where(low, theta, -k) / (theta + k), 0.0)
+        if tl.min(few.to(tl.int32)) == 0:
+            mass_, slope_, by_theta_ = _large(x, log_mu, log_theta)
+            mass = tl.where(few, mass, mass_.to(tl.float32))
+            slope = tl.where(few, slope, slope_.to(tl.float32))
+            by_theta = tl.where(few, by_theta, by_theta_.to(tl.float32))
     return mass, slope, by_theta
 
 
 @triton.jit
+def _genes(
+    at,
+    here,
+    x,
+    scores,
+    log_theta,
+    logits,
+    d_scores,
+    d_theta,
+    d_logits,
+    top,
+    shift,
+    depth_share,
+    inflated: tl.constexpr,
+    counted: tl.constexpr,
+):
+    """Some genes of a cell: the sums of their log mass and of its derivatives by log mu; stores all derivatives."""
+    score = tl.load(scores + at, mask=here, other=0.0)
+    log_t = tl.load(log_theta + at, mask=here, other=0.0)
+    log_mu, t = score + shift, tl.exp(log_t)
+    mu = tl.exp(score - top) * depth_share
+    value, by_mu, by_theta = _nb(x, log_mu, mu, log_t, t, counted)
+    if inflated:
+        b = tl.load(logits + at, mask=here, other=0.0)
+        e = tl.exp(-tl.abs(b))
+        tail = _log1p_unit(e)
+        structural = tl.where(b < 0, b, 0.0) - tail  # logs
+        expressed = tl.where(b > 0, -b, 0.0) - tail
+        c = b - value
+        f = tl.exp(-tl.abs(c))
+        either = tl.where(c > 0, structural, expressed + value) + _log1p_unit(f)
+        from_nb = tl.where(c > 0, f, 1.0) / (1 + f)  # P(a zero is no structural one)
+        seen = x > 0
+        value = tl.where(seen, expressed + value, either)
+        by_mu = tl.where(seen, by_mu, by_mu * from_nb)
+        by_theta = tl.where(seen, by_theta, by_theta * from_nb)
+        by_logit = tl.where(seen, 0.0, 1 - from_nb) - tl.where(b < 0, e, 1.0) / (1 + e)
+        tl.store(d_logits + at, by_logit, mask=here)
+    tl.store(d_theta + at, by_theta, mask=here)
+    tl.store(d_scores + at, by_mu, mask=here)
+    return tl.sum(tl.where(here, value, 0.0)), tl.sum(tl.where(here, by_mu, 0.0))
+
+
+@triton.jit
 def _cells(
+    starts,
+    columns,
     counts,
     scores,
     log_depth,
     log_theta,
-    theta,
     own,
     logits,
     d_scores,
@@ -120,61 +169,63 @@ def _cells(
     softmax: tl.constexpr,
     inflated: tl.constexpr,
     block: tl.constexpr,
+    few: tl.constexpr,
 ):
-    """One cell: its log mass and the derivatives by its scores (or log means), log theta and logits."""
+    """One cell: its log mass and the derivatives by its scores (or log means), log theta and logits.
+
+    First the genes with a count, ``few`` at a time, then all others as zeros, ``block`` at a time.
+    """
     i = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, block)
-    counts += (i % n_counts) * n_genes
+    at, nan = tl.arange(0, block), float("nan")
     row = tl.load(own + i) * n_genes
     log_theta += row
-    theta += row
     scores += i * n_genes
     logits += i * n_genes
     d_scores += i * n_genes
     d_theta += i * n_genes
     d_logits += i * n_genes
-    top, shift, depth_share = 0.0, 0.0, 1.0
+    top, summed = 0.0, 0.0
     if softmax:
-        top, summed = float("-inf"), 0.0
-        for start in range(0, n_genes, block):
-            score = tl.load(scores + start + at, mask=start + at < n_genes, other=float("-inf"))
+        top = float("-inf")
+    for start in range(0, n_genes, block):
+        here = start + at < n_genes
+        tl.store(d_scores + start + at, tl.full((block,), nan, tl.float32), mask=here)  # not done yet
+        if softmax:
+            score = tl.load(scores + start + at, mask=here, other=float("-inf"))
             higher = tl.maximum(top, tl.max(score))
             summed = summed * tl.exp(top - higher) + tl.sum(tl.exp(score - higher))
             top = higher
+    shift, depth_share = 0.0, 1.0
+    if softmax:
         depth = tl.load(log_depth + i % n_counts)
         shift, depth_share = depth - top - tl.log(summed), tl.exp(depth) / summed
+    tl.debug_barrier()  # what one thread wrote, others go on with
     mass, slopes = 0.0, 0.0
+    first, last = tl.load(starts + i % n_counts), tl.load(starts + i % n_counts + 1)
+    for start in range(first, last, few):
+        place = start + tl.arange(0, few)
+        here = place < last
+        x = tl.load(counts + place, mask=here, other=0.0)
+        gene = tl.load(columns + place, mask=here, other=0)
+        m, s = _genes(
+            gene, here, x, scores, log_theta, logits, d_scores, d_theta, d_logits,
+            top, shift, depth_share, inflated, True,
+        )  # fmt: skip
+        mass += m
+        slopes += s
+    tl.debug_barrier()
     for start in range(0, n_genes, block):
         here = start + at < n_genes
-        x = tl.load(counts + start + at, mask=here, other=0.0)
-        score = tl.load(scores + start + at, mask=here, other=0.0)
-        log_t = tl.load(log_theta + start + at, mask=here, other=0.0)
-        t = tl.load(theta + start + at, mask=here, other=1.0)
-        log_mu = score + shift
-        mu = tl.exp(score - top) * depth_share
-        value, by_mu, by_theta = _nb(x, log_mu, mu, log_t, t)
-        if inflated:
-            b = tl.load(logits + start + at, mask=here, other=0.0)
-            e = tl.exp(-tl.abs(b))
-            tail = _log1p_unit(e)
-            structural = tl.where(b < 0, b, 0.0) - tail  # logs
-            expressed = tl.where(b > 0, -b, 0.0) - tail
-            c = b - value
-            f = tl.exp(-tl.abs(c))
-            either = tl.where(c > 0, structural, expressed + value) + _log1p_unit(f)
-            from_nb = tl.where(c > 0, f, 1.0) / (1 + f)  # P(a zero is no structural one)
-            seen = x > 0
-            value = tl.where(seen, expressed + value, either)
-            by_mu = tl.where(seen, by_mu, by_mu * from_nb)
-            by_theta = tl.where(seen, by_theta, by_theta * from_nb)
-            by_logit = tl.where(seen, 0.0, 1 - from_nb) - tl.where(b < 0, e, 1.0) / (1 + e)
-            tl.store(d_logits + start + at, by_logit, mask=here)
-        mass += tl.sum(tl.where(here, value, 0.0))
-        slopes += tl.sum(tl.where(here, by_mu, 0.0))
-        tl.store(d_theta + start + at, by_theta, mask=here)
-        tl.store(d_scores + start + at, by_mu, mask=here)
+        found = tl.load(d_scores + start + at, mask=here, other=0.0)
+        m, s = _genes(
+            start + at, here & (found != found), 0.0, scores, log_theta, logits, d_scores, d_theta, d_logits,
+            top, shift, depth_share, inflated, False,
+        )  # fmt: skip
+        mass += m
+        slopes += s
     tl.store(total + i, mass)
     if softmax:
+        tl.debug_barrier()
         for start in range(0, n_genes, block):
             here = start + at < n_genes
             score = tl.load(scores + start + at, mask=here, other=0.0)
@@ -188,26 +239,14 @@ def cells(
     scores: Tensor,
     log_depth: Tensor | None,
     log_theta: Tensor,
-    theta: Tensor,
     own: Tensor,
     logits: Tensor,
     *derivatives: Tensor,
 ) -> Tensor:
-    """Log mass of each cell in nats, (n,); fills the derivatives. Arguments as for the loop of this name on the CPU."""
+    """Log mass of each cell in nats, (n,); fills the derivatives. Arguments as for the loop of this name."""
     total = scores.new_empty(len(scores))
     softmax = log_depth is not None
-    given = x.dense(), scores, log_depth if softmax else scores, log_theta, theta.float(), own
-    _cells[(len(scores),)](
-        *given, logits, *derivatives, total, len(x), x.n_columns, softmax, bool(len(logits)), BLOCK, num_warps=4
-    )
+    given = x.starts, x.columns, x.values, scores, log_depth if softmax else scores, log_theta, own
+    sizes = len(x), x.n_columns, softmax, bool(len(logits)), BLOCK, FEW
+    _cells[(len(scores),)](*given, logits, *derivatives, total, *sizes, num_warps=4)
     return total
-
-
-def works(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and run there; raises what went wrong if not."""
-    one = torch.ones(1, 1, device=device)
-    rows = SparseRows(torch.tensor([0, 1], device=device), torch.zeros(1, dtype=torch.int32, device=device), one[0], 1)
-    found = [torch.empty_like(one) for _ in range(3)]
-    own = torch.zeros(1, dtype=torch.int64, device=device)
-    mass = cells(rows, one * 0, one[0] * 0, one * 0, one.double(), own, one[:0], *found)
-    return bool((mass + 1.3862944).abs() < 1e-5)  # P(1) = 1/4 for mu = theta = 1

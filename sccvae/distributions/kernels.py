@@ -9,10 +9,7 @@ Dropping counts at random is here too.
 
 from __future__ import annotations
 
-import logging
 import math
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,9 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from sccvae._compiled import has_numba, in_threads
-from sccvae._rows import SparseRows, random_bytes
-
-logger = logging.getLogger(__name__)
+from sccvae._rows import SparseRows, has_triton, random_bytes
 
 
 def applies(x: Tensor | SparseRows, *parameters: Tensor) -> bool:
@@ -37,21 +32,7 @@ def _by_loops(x: Tensor | SparseRows) -> bool:
 
 
 def _by_triton(x: Tensor | SparseRows) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cuda" and _has_triton(x.device)
-
-
-@cache
-def _has_triton(device: torch.device) -> bool:
-    """Whether Triton, which comes with torch on Linux, compiles here: it also needs a C compiler."""
-    if find_spec("triton") is None:
-        return False
-    try:
-        from sccvae.distributions import _gpu
-
-        return _gpu.works(device)
-    except Exception as error:  # whatever keeps it from working, torch does the same
-        logger.info("Triton cannot be used (%s: %s); likelihoods are computed by torch.", type(error).__name__, error)
-        return False
+    return x.dtype == torch.float32 and has_triton(x.device)
 
 
 def _flat(scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,13 +44,14 @@ def _flat(scores: Tensor, log_theta: Tensor, rows: Tensor | None) -> tuple[Tenso
 
 
 def _by_torch(
-    x: SparseRows, log_mu: Tensor, log_theta: Tensor, own: Tensor, theta: Tensor, logits: Tensor, *derivatives: Tensor
+    x: SparseRows, log_mu: Tensor, log_theta: Tensor, own: Tensor, logits: Tensor, *derivatives: Tensor
 ) -> Tensor:
     """The same by torch: vectors as if each count were zero, then float64 where it is not; fills the derivatives.
 
     On a device it never waits for one, so that its operations can be recorded.
     """
     d_mu, d_theta, d_logits = derivatives
+    theta = log_theta.double().exp()
     seen = (x.dense() > 0).repeat(len(log_mu) // len(x), 1)
     a = log_mu - log_theta[own]
     minus = -theta.to(a.dtype)[own]
@@ -128,7 +110,7 @@ class _NegativeBinomial(torch.autograd.Function):
         """See :func:`nb_sum` and :func:`zinb_sum`."""
         rows_of_x = x if isinstance(x, SparseRows) else SparseRows.of(x)
         scores_, log_theta_, own = _flat(scores, log_theta, rows)
-        n, theta = len(scores_), log_theta_.double().exp()
+        n = len(scores_)
         d_scores, d_theta = torch.empty_like(scores_), torch.empty_like(scores_)
         none = scores_.new_empty(0, x.shape[-1])
         inflated = none if logits is None else logits.detach().expand(scores.shape).reshape(n, -1).contiguous()
@@ -138,6 +120,7 @@ class _NegativeBinomial(torch.autograd.Function):
             from sccvae.distributions import _loops  # numba is imported, and once compiles, when it is first needed
 
             top, depth = (none[:, 0],) * 2 if log_depth is None else (scores_.amax(-1), log_depth.detach().reshape(-1))
+            theta = log_theta_.double().exp()
             given = scores_, top, depth, log_theta_, theta.float(), theta, own, inflated, *found, total
             arrays = *rows_of_x.arrays(), *(t.numpy() for t in given)
             in_threads(_loops.cells, n, n * x.shape[-1], *arrays)
@@ -145,9 +128,9 @@ class _NegativeBinomial(torch.autograd.Function):
             from sccvae.distributions import _gpu
 
             depth = None if log_depth is None else log_depth.detach().reshape(-1)
-            total = _gpu.cells(rows_of_x, scores_, depth, log_theta_, theta, own, inflated, *found)
+            total = _gpu.cells(rows_of_x, scores_, depth, log_theta_, own, inflated, *found)
         else:
-            total = _by_torch(rows_of_x, scores_, log_theta_, own, theta, inflated, *found)
+            total = _by_torch(rows_of_x, scores_, log_theta_, own, inflated, *found)
         ctx.save_for_backward(*found)
         ctx.rows = own if rows is not None or len(log_theta_) == 1 else None
         ctx.shapes = scores.shape, log_theta.shape, None if logits is None else logits.shape

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -160,9 +161,9 @@ class GenerativeModule(nn.Module, ABC):
         """
         terms = self.elbo_terms(batch)
         means = {name: term.mean() for name, term in terms.items()}
-        objective = sum(kl_weight * m if name.startswith("kl_") else m for name, m in means.items())
+        objective = reduce(add, (kl_weight * m if name.startswith("kl_") else m for name, m in means.items()))
         report = {name: m.detach() for name, m in means.items()}
-        report["elbo"] = sum(report.values())
+        report["elbo"] = reduce(add, report.values())
         if self.training:
             penalties = self.penalties(batch, late)
             objective = sum(penalties.values(), objective)
@@ -234,7 +235,8 @@ class LatentVariableModule(EvidenceModule, ABC):
         batch = batch.observed(self.likelihood)
         q, p = self.inference(batch), self.prior(batch)
         draws = self.draw(q)
-        reconstruction = -batch.log_prob(self.generative(draws, batch)).mean(0)  # (k, n) -> (n,)
+        log_p_x = batch.log_prob(self.generative(draws, batch))  # (k, n)
+        reconstruction = -(log_p_x.mean(0) if self.n_samples > 1 else log_p_x.squeeze(0))
         return {"reconstruction": reconstruction} | {f"kl_{v}": self._kl(q[v], p[v], draws[v]) for v in q}
 
     def draw(self, q: dict[str, Normal]) -> dict[str, Tensor]:

@@ -334,7 +334,7 @@ class GMVAE(EvidenceModule):
         x, c = encoder_input(self.likelihood, some), self.c(some)
 
         def log_q(v: Tensor | SparseRows) -> Tensor:
-            z = some.library.new_zeros(len(some), self.n_latent) if self.stage == "labels" else self.encoder(v, c).loc
+            z = some.library.new_zeros(len(some), self.n_latent) if self.stage == "labels" else self.encoder.mean(v, c)
             return self.log_q_y(v, z, c)
 
         return aligned | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x, length)}
