@@ -21,6 +21,7 @@ from sccvae.distributions import NegativeBinomial, Poisson, kernels
 from sccvae.distributions.masses import log_nb, log_zinb
 from sccvae.model import CVAE, GMVAE, VAE
 from sccvae.module import Batch
+from sccvae.nn.conditions import thin_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 fit = importlib.import_module("sccvae.train.fit")
@@ -234,3 +235,17 @@ def test_mapping_and_bfloat16(recorders):
     assert len(recorders) == 3
     assert {type(model) for model in (reference, mapped)} == {CVAE}
     assert isinstance(model, VAE)
+
+
+@pytest.mark.parametrize(("m", "k"), [(10, 128), (128, 10), (3, 3)])
+def test_thin_products(m, k):
+    """Over draws and cells; as on the CPU, in float32 and under autocast."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(*s) for s in ((2, 50, m), (m, k), (k,))]
+    there, here = ([t.to(device).detach().requires_grad_() for t in inputs] for device in ("cuda", "cpu"))
+    for given in (there, here):
+        thin_linear(*given).square().sum().backward()
+    for a, b in zip(there, here, strict=True):
+        torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-4, atol=1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert thin_linear(*there).dtype == torch.bfloat16

@@ -16,6 +16,7 @@ from sccvae.nn import (
     Masking,
     as_corruption,
 )
+from sccvae.nn.conditions import _ThinLinear
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +214,15 @@ def test_corruption_is_checked(noise, level):
         ValueError, match=rf"noise='{noise}' with noise_level={level}: choose 'gaussian'.*'mask'.*or None"
     ):
         as_corruption(noise, level)
+
+
+@pytest.mark.parametrize(("m", "k"), [(2, 5), (5, 2)])
+def test_a_thin_product_has_the_gradients_of_any(m, k):
+    """Of first and second order; they are taken another way on a GPU alone."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, m), (m, k), (k,))]
+    assert torch.equal(_ThinLinear.apply(*inputs), torch.addmm(inputs[2], inputs[0], inputs[1]))
+    assert torch.autograd.gradcheck(_ThinLinear.apply, inputs)
+    assert torch.autograd.gradgradcheck(_ThinLinear.apply, inputs)
+    given = inputs[0].detach()  # an input without gradient
+    assert torch.autograd.gradcheck(lambda *w: _ThinLinear.apply(given, *w), inputs[1:])

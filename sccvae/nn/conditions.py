@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.functional import linear, one_hot
 
 from sccvae._rows import SparseRows
 
-#: Most rows of a weight that is laid out by columns on a GPU; of 20 both ways take as long.
+#: Most rows of a weight for which the way matters; of 20 both take as long.
 THIN = 16
 
 
@@ -103,12 +104,28 @@ def new_columns(known: Sequence[int], wanted: Sequence[int], n_continuous: int =
     return torch.cat([*parts, torch.zeros(n_continuous, dtype=torch.bool)])
 
 
-def thin(weight: Tensor) -> Tensor:
-    """A weight (m, n); on a GPU one of few rows laid out by columns.
+def thin_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """X W + b for x (..., n, m), weight (m, k) and bias (k,); on a GPU fast where m or k is small."""
+    if not weight.is_cuda or min(weight.shape) > THIN or torch.is_autocast_enabled("cuda"):
+        return linear(x, weight.T, bias)
+    return _ThinLinear.apply(x.reshape(-1, len(weight)), weight, bias).reshape(*x.shape[:-1], -1)
 
-    The gradient by it is laid out as it is, and for one of few rows cuBLAS takes 50 us on an H200, by columns 5.
-    """
-    return weight.T.contiguous().T if weight.is_cuda and len(weight) <= THIN else weight
+
+class _ThinLinear(torch.autograd.Function):
+    """For the gradient of a weight of few rows cuBLAS takes 50 us on an H200; of few columns, that is transposed, 5."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The product, (n, k), for x (n, m), weight (m, k) and bias (k,)."""
+        ctx.save_for_backward(x, weight)
+        return torch.addmm(bias, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients by x, weight and bias, for that of the product, (n, k)."""
+        x, weight = ctx.saved_tensors
+        by_weight = (g.T @ x).T if len(weight) < weight.shape[1] else x.T @ g
+        return g @ weight.T if ctx.needs_input_grad[0] else None, by_weight, g.sum(0)
 
 
 class Linear(nn.Module):
@@ -139,7 +156,7 @@ class Linear(nn.Module):
         """Map x (..., n, n_in) to (..., n, n_out)."""
         if isinstance(x, SparseRows):
             return x.linear(self.weight, self.bias)
-        return linear(x, thin(self.weight).T, self.bias)
+        return thin_linear(x, self.weight, self.bias)
 
 
 class ConditionedLinear(nn.Module):

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.nn.functional import batch_norm, linear, softplus
+from torch.nn.functional import batch_norm, softplus
 
 from sccvae._rows import SparseRows
-from sccvae.nn.conditions import ConditionedLinear, thin
+from sccvae.nn.conditions import ConditionedLinear, thin_linear
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
@@ -207,14 +207,14 @@ class GaussianEncoder(nn.Module):
 
     def mean(self, x: Tensor | SparseRows, c: Tensor | None = None) -> Tensor:
         """Its loc alone, (..., n, n_latent)."""
-        return linear(self.body(x, c), thin(self.loc.weight), self.loc.bias)
+        return thin_linear(self.body(x, c), self.loc.weight.T, self.loc.bias)
 
     def head(self, h: Tensor) -> Normal:
         """The normal for the output h (..., n, n_out) of the body."""
         loc, scale = self.loc, self.scale
         if h.is_cuda:  # in one product: each takes longer to launch than to do
             weight, bias = torch.cat([loc.weight, scale.weight]), torch.cat([loc.bias, scale.bias])
-            mean, raw = linear(h, thin(weight), bias).chunk(2, -1)
+            mean, raw = thin_linear(h, weight.T, bias).chunk(2, -1)
         else:
             mean, raw = loc(h), scale(h)
         return Normal(mean, softplus(raw) + self.MIN_SCALE, validate_args=False)
