@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "model": (
         {"data", "datasets", "distributions", "module", "nn", "train"},
-        {"anndata", "lightning", "numpy", "pandas", "rich", "safetensors", "scipy", "scvi", "torch", "tqdm"},
+        {"anndata", "lightning", "numpy", "pandas", "rich", "safetensors", "scipy", "scvi", "sklearn", "torch", "tqdm"},
     ),
     "metrics": (set(), {"anndata", "numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),
     "tl": (

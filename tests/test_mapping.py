@@ -16,13 +16,15 @@ from _models import FAST, TINY, make
 from _toys import toy_counts, toy_values
 from anndata import AnnData
 from scipy import sparse
+from scipy.sparse import csr_matrix
+from scipy.special import log_softmax
 from scipy.stats import multivariate_normal
 
 import sccvae
 from sccvae import model as models
 from sccvae.distributions import ZINB, Bernoulli, NegativeBinomial, Normal, Poisson
 from sccvae.model import AE, CVAE, GMVAE, VAE
-from sccvae.model._transfer import _against_classes, _calibrate, _normals, calibration_error
+from sccvae.model._classes import against_classes, by_normals, calibrate, calibration_error, logistic, normals
 from sccvae.module import Batch, new_weights
 from sccvae.nn import new_columns, widen
 
@@ -374,8 +376,8 @@ def test_normals_and_their_posterior_against_scipy():
     codes = np.repeat([0, 1, 2], [3000, 2000, 1000])
     mean, root = rng.normal(size=(3, 2)) * 3, rng.normal(size=(3, 2, 2))
     z = mean[codes] + np.einsum("nij,nj->ni", root[codes], rng.normal(size=(6000, 2)))
-    known = _normals(z, codes, 4)  # the last class has no cell
-    score, log_q = _against_classes(z[::50], None, known)
+    known = normals(z, codes, 4)  # the last class has no cell
+    score, log_q = by_normals(z[::50], known)
     densities = []
     for k in range(3):
         own = z[codes == k]
@@ -389,6 +391,49 @@ def test_normals_and_their_posterior_against_scipy():
     assert (np.exp(log_q)[:, 3] == 0).all()
 
 
+def test_genes_that_speak_for_a_class():
+    """A class that no cell has is never chosen; the scale of the genes does not matter; of two classes one opposes."""
+    rng = np.random.default_rng(0)
+    codes = rng.choice([0, 2, 3], 300)
+    x = csr_matrix(np.eye(4)[codes] * 3 + rng.uniform(size=(300, 4)))
+    known = logistic(x, codes, 4)
+    scores = x @ np.asarray(known["weights"]).T + known["intercepts"]
+    assert (scores.argmax(1) == codes).all()
+    scaled = logistic(x * 1000, codes, 4)
+    assert np.allclose(np.asarray(scaled["weights"]) * 1000, known["weights"], atol=0.05)
+    some = codes > 0
+    two = logistic(x[some], codes[some], 4)
+    scores = x[some] @ np.asarray(two["weights"]).T + two["intercepts"]
+    assert (scores.argmax(1) == codes[some]).all()
+    assert np.allclose(scores[:, 2], -scores[:, 3])
+    assert logistic(x[codes == 2], codes[codes == 2], 4) is None
+
+
+def test_views_decide_together():
+    """The product of their probabilities, each at its temperature; a cell of which they disagree is strange."""
+    rng = np.random.default_rng(0)
+    z = np.concatenate([rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + 8])
+    known = normals(z, np.repeat([0, 1], 100), 2)
+    cells, genes = np.array([[0.0, 0], [8, 8], [0, 0], [0, 0]]), np.array([[5.0, 0], [0, 5], [0, 5], [0, 0]])
+    _, by_z = by_normals(cells, known)
+    known |= {"temperatures": {"z": 4.0, "genes": 1.0}, "scores": {"disagreement": (1.0, 2.0)}}
+    score, log_q = against_classes({"z": cells, "genes": genes}, known)
+    wanted = [log_softmax(by_z / 4, 1), log_softmax(genes, 1)]
+    assert np.allclose(log_q, sum(wanted))
+    agree = (np.exp(wanted[0]) * np.exp(wanted[1])).sum(1)
+    assert np.allclose(score, (-np.log(agree) - 1) / 2)
+    assert score.argmax() == 2
+    known["scores"] = {"energy": (0.0, 1.0)}
+    score, _ = against_classes({"z": cells, "genes": genes}, known)
+    assert np.allclose(score, -np.log(np.exp(genes).sum(1)))
+    # As an earlier version saved it: the normals alone, or q alone.
+    old = {name: known[name] for name in ("shares", "means", "covariances")}
+    score, log_q = against_classes({"z": cells}, old)
+    assert np.allclose(score, by_normals(cells, known)[0])
+    assert np.allclose(np.exp(log_q), np.exp(by_z))
+    assert np.allclose(against_classes({"z": cells, "q": genes}, old)[1], log_softmax(genes, 1))
+
+
 def test_temperature_is_found_again():
     """Labels drawn from known probabilities, reported three times too sharp: the temperature is three."""
     rng = np.random.default_rng(0)
@@ -396,7 +441,7 @@ def test_temperature_is_found_again():
     q = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     codes = (q.cumsum(1) > rng.uniform(size=(20_000, 1))).argmax(1)
     sharp = 3 * logits
-    found = _calibrate(sharp - np.log(np.exp(sharp).sum(1, keepdims=True)), codes)
+    found = calibrate(sharp - np.log(np.exp(sharp).sum(1, keepdims=True)), codes)
     assert found["temperature"] == pytest.approx(3, rel=0.05)
     assert found["expected_calibration_error"] < 0.015
     assert found["expected_calibration_error_before"] > 0.1
@@ -455,10 +500,31 @@ def test_gmvae_transfers_by_its_classes():
     query.train(**FAST)
     assert query.reference["component_shares"] == shares
     table = query.transfer_labels()
+    assert table["best_label"].cat.categories.tolist() == query.component_names
+    assert (table["best_label"].astype(str) == query.predict().astype(str)).mean() > 0.9
+    query.reference["transfer"]["temperatures"] |= {"z": 1e12, "genes": 1e12, "q": 1.0}  # q alone
+    table = query.transfer_labels()
     assert (table["best_label"].astype(str) == query.predict().astype(str)).all()
     temperature = query.calibration["temperature"]
     q = query.predict_proba().astype(np.float64) ** (1 / temperature)
     assert np.allclose(table["probability"], (q / q.sum(1, keepdims=True)).max(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_only_labels_teach_the_classifier_a_new_batch(labels):
+    adata = planted(120)
+    GMVAE.setup_anndata(adata, batch_key="batch", labels_key="type")
+    model = GMVAE(adata, **TINY)
+    model.train(**FAST)
+    cells = adata[:40].copy()
+    cells.obs["batch"] = "new"
+    if not labels:
+        cells.obs["type"] = np.nan
+    query = model.load_query(cells)
+    before = {name: w.clone() for name, w in query.module.named_parameters() if name.endswith("condition.weight")}
+    query.train(**FAST)
+    moved = {name.split(".")[0]: not torch.equal(w, query.module.get_parameter(name)) for name, w in before.items()}
+    assert moved == {"encoder": True, "decoder": True, "y_body": labels}
 
 
 def test_categories_keep_their_type():

@@ -187,7 +187,8 @@ class MappingMixin(TransferMixin):
             max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
         options = defaults | options | {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
-        with only_new(self.module, known) if freeze else nullcontext(), anchored(self.module):
+        labelled = store.labels is not None
+        with only_new(self.module, known, labels=labelled) if freeze else nullcontext(), anchored(self.module):
             result = fit(self.module, store, rows, held_out, **options)
         super()._finish_training(result)
 

@@ -10,21 +10,21 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.sparse import csr_matrix, vstack
+from scipy.special import log_softmax
 
 from sccvae.model._base import evaluating
+from sccvae.model._classes import against_classes, by_normals, calibrate, logistic, normals, strangeness, temperature_of
+from sccvae.module import Batch
 
 logger = logging.getLogger(__name__)
 
 #: Name of what the reference does not hold.
 UNKNOWN = "unknown"
-#: Weight of the pooled covariance in that of a class, in cells: few cells of a class say little about its shape.
-SHRINKAGE = 20
-#: Log-probability of what is impossible: it can still be divided by a temperature.
-SMALLEST_LOG = -1e6
-#: Bins of the calibration error, and quantiles kept of the held-out outlier scores.
-BINS, QUANTILES = 15, 1001
+#: Training cells that the logistic regression on genes learns from at most, and the depth that it sees cells at.
+LEARNS_FROM, DEPTH = 20_000, 1e4
+#: Quantiles kept of the held-out outlier scores.
+QUANTILES = 1001
 
 
 class TransferMixin:
@@ -40,8 +40,10 @@ class TransferMixin:
     ) -> pd.DataFrame:
         """Label of each cell by the labelled cells that the reference was trained on.
 
-        A GMVAE decides by q(y|z,x), other models by a normal for each class in z. Either is sharpened or flattened by
-        one temperature, so that held-out reference cells labelled with probability 0.8 are right 8 times of 10.
+        Two views decide together, and in a GMVAE q(y|z,x) as a third: a normal for each class in z, and a logistic
+        regression on the genes (log of one and counts per 10,000). Their probabilities are multiplied, each at a
+        temperature of its own, and the product at a last one, so that held-out reference cells labelled with
+        probability 0.8 are right 8 times of 10. So a GMVAE may differ from its ``predict``, which is q(y|z,x) alone.
 
         Parameters
         ----------
@@ -59,8 +61,10 @@ class TransferMixin:
         Returns
         -------
         A data frame, indexed by cell: ``label`` (categorical, with ``"unknown"``), ``best_label`` (without),
-        ``probability`` (calibrated, of ``best_label``), ``uncertainty`` (1 - probability) and ``outlier_score``
-        (-log-density of z under normals for all classes, in nats; unknown above :meth:`unknown_score`).
+        ``probability`` (calibrated, of ``best_label``), ``uncertainty`` (1 - probability) and ``outlier_score``: how
+        far the cell lies from all classes in z, how little its genes speak for any of them, and how little both views
+        agree; the sum, each in standard deviations of the held-out reference cells from their median (unknown above
+        :meth:`unknown_score`).
 
         Raises
         ------
@@ -69,13 +73,15 @@ class TransferMixin:
 
         References
         ----------
-        Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern neural networks, ICML (temperature scaling).
+        Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern neural networks, ICML (temperature scaling). Liu,
+        Wang, Owens, Li 2020, Energy-based out-of-distribution detection, NeurIPS, equation 4. Hinton 2002, Training
+        products of experts by minimizing contrastive divergence, Neural Computation 14, equation 1.
         """
         known = self._transfer()
         bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
-        z, log_q = self._look(adata, indices, batch_size)
+        views = self._look(adata, indices, batch_size, known.get("genes"))
         names = known["classes"]
-        score, log_q = _against_classes(z, log_q, known)
+        score, log_q = against_classes(views, known)
         q = np.exp(log_softmax(log_q / known["temperature"], axis=1))
         best = q.argmax(1)
         index = self._given(adata).obs_names[self._rows(adata, indices)]
@@ -139,48 +145,69 @@ class TransferMixin:
         return self.reference["transfer"]
 
     def _look(
-        self, adata: AnnData | None, indices: Sequence[int] | None, batch_size: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Mean of z, (n, d), and log q(y|.), (n, K), or None for a model without it."""
-        means, logs = [], []
+        self,
+        adata: AnnData | None,
+        indices: Sequence[int] | None,
+        batch_size: int | None = None,
+        genes: dict[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K)."""
+        found: dict[str, list[torch.Tensor]] = {"z": []}
+        if genes is not None:
+            weights, intercepts = (torch.tensor(genes[name], dtype=torch.float32) for name in ("weights", "intercepts"))
         with evaluating(0):
             for batch in self._stream(adata, indices, batch_size):
                 q = self.module.inference(batch)["z"]
-                means.append(q if isinstance(q, torch.Tensor) else q.loc)
+                found["z"].append(q if isinstance(q, torch.Tensor) else q.loc)
                 if hasattr(self.module, "log_q_y"):
-                    logs.append(self.module.classify(batch, log=True))
-        z = torch.cat(means).double().cpu().numpy()
-        return z, torch.cat(logs).double().cpu().numpy() if logs else None
+                    found.setdefault("q", []).append(self.module.classify(batch, log=True))
+                if genes is not None:
+                    found.setdefault("genes", []).append(self._genes(batch).cpu() @ weights.T + intercepts)
+        return {name: torch.cat(parts).double().cpu().numpy() for name, parts in found.items()}
+
+    def _genes(self, batch: Batch) -> torch.Tensor:
+        """What the logistic regression reads of cells, (n, G): of counts log(1 + counts per 10,000), else x."""
+        if self.module.likelihood.support != "counts":
+            return batch.dense
+        return torch.log1p(batch.dense * (DEPTH / batch.library.clamp(min=1e-6)))
 
     def _note_classes(self) -> None:
-        """Note where each class lies in z, the temperature, and how held-out cells score; nothing without labels."""
+        """Note what is known of the classes and how held-out cells score; nothing without labels."""
         self.reference.pop("transfer", None)
         key = self.schema.labels_key
         if key is None:
             return
         codes = self.schema.label_codes(self.adata.obs[key])
         train, held_out = self.train_indices, self.validation_indices
-        z, log_q = self._look(None, train)
-        names = [str(c) for c in self.schema.classes] if log_q is None else self.component_names
+        views = self._look(None, train)
+        names = self.component_names if "q" in views else [str(c) for c in self.schema.classes]
         own = codes[train]
-        if log_q is not None:  # cells without a label have a component all the same
-            own = np.where(own >= 0, own, log_q.argmax(1))
+        if "q" in views:  # cells without a label have a component all the same
+            own = np.where(own >= 0, own, views["q"].argmax(1))
         if not (own >= 0).any():
             logger.warning("No training cell has a label, so there is nothing to transfer.")
             return
-        known = _normals(z[own >= 0], own[own >= 0], len(names)) | {"classes": names, "temperature": 1.0}
+        known = normals(views["z"][own >= 0], own[own >= 0], len(names)) | {"classes": names, "temperature": 1.0}
+        known["genes"] = self._learn_genes(train[own >= 0], own[own >= 0], len(names))
         if len(held_out):
-            z, log_q = self._look(None, held_out)
             own = codes[held_out]
         else:
             logger.warning("No cells were held out, so the probabilities of transferred labels are not calibrated.")
-        classified, seen = log_q is not None, own >= 0
-        scores, log_q = _against_classes(z, log_q, known)
+        views = self._look(None, held_out if len(held_out) else train, genes=known["genes"])
+        seen = own >= 0
+        density, by_z = by_normals(views["z"], known)
+        logs = {name: by_z if name == "z" else view for name, view in views.items()}
+        fitted = len(held_out) > 0 and seen.any()
+        known["temperatures"] = {n: temperature_of(v[seen], own[seen]) if fitted else 1.0 for n, v in logs.items()}
+        logs = {name: log_softmax(v / known["temperatures"][name], axis=1) for name, v in logs.items()}
+        found = strangeness(density, views.get("genes"), logs)
         # A cell without a label may be of a class that no label names, unless every cell has a component.
-        scores = scores[slice(None) if classified or not seen.any() else seen]
-        known["score_quantiles"] = np.quantile(scores, np.linspace(0, 1, QUANTILES)).tolist()
-        if len(held_out) and seen.any():
-            known |= _calibrate(log_q[seen], own[seen])
+        like = np.ones_like(seen) if "q" in views or not seen.any() else seen
+        known["scores"] = {n: (float(np.median(v[like])), max(float(v[like].std()), 1e-6)) for n, v in found.items()}
+        scores, log_q = against_classes(views, known)
+        known["score_quantiles"] = np.quantile(scores[like], np.linspace(0, 1, QUANTILES)).tolist()
+        if fitted:
+            known |= calibrate(log_q[seen], own[seen])
             logger.info(
                 "Labels of %d held-out cells: accuracy %.3f, calibration error %.3f, %.3f at temperature %.2f.",
                 known["n_held_out"],
@@ -189,79 +216,11 @@ class TransferMixin:
             )
         self.reference["transfer"] = known
 
+    def _learn_genes(self, rows: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any] | None:
+        """The logistic regression on the genes of training cells, (n,) rows and classes."""
+        some = np.sort(np.random.default_rng(0).permutation(len(rows))[:LEARNS_FROM])
+        parts = [csr_matrix(self._genes(batch).cpu().numpy()) for batch in self._stream(None, rows[some])]
+        return logistic(vstack(parts, "csr"), codes[some], n_classes)
+
 
 _SCORES = ("accuracy", "expected_calibration_error_before", "expected_calibration_error")
-
-
-def _normals(z: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any]:
-    """Share, mean and covariance of each class in z, as lists; a covariance is shrunk to that of all classes."""
-    d = z.shape[1]
-    mean = np.zeros((n_classes, d))
-    counts = np.bincount(codes, minlength=n_classes)
-    np.add.at(mean, codes, z)
-    mean /= np.maximum(counts, 1)[:, None]
-    rest = z - mean[codes]
-    pooled = rest.T @ rest / len(z)
-    pooled += 1e-6 * max(np.trace(pooled) / d, 1e-12) * np.eye(d)
-    covariance = np.empty((n_classes, d, d))
-    for k in range(n_classes):
-        own = rest[codes == k]
-        covariance[k] = (own.T @ own + SHRINKAGE * pooled) / (len(own) + SHRINKAGE)
-    return {"shares": (counts / counts.sum()).tolist(), "means": mean.tolist(), "covariances": covariance.tolist()}
-
-
-def _against_classes(z: np.ndarray, log_q: np.ndarray | None, known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Outlier score of each cell, (n,), and log-probability of each class, (n, K).
-
-    The score is -log sum_k share_k N(z; mean_k, covariance_k); ``log_q`` None takes the posterior of these normals
-    (Bayes' rule). A class without a cell has no part in either.
-    """
-    shares, means, covariances = (np.asarray(known[name]) for name in ("shares", "means", "covariances"))
-    joint = np.full((len(z), len(shares)), -np.inf)
-    for k in np.flatnonzero(shares > 0):
-        root = np.linalg.cholesky(covariances[k])
-        distance = np.square(np.linalg.solve(root, (z - means[k]).T)).sum(0)
-        log_volume = np.log(np.diagonal(root)).sum() + z.shape[1] / 2 * np.log(2 * np.pi)
-        joint[:, k] = np.log(shares[k]) - log_volume - distance / 2
-    total = logsumexp(joint, axis=1)
-    return -total, np.maximum(joint - total[:, None], SMALLEST_LOG) if log_q is None else log_q
-
-
-def _calibrate(log_q: np.ndarray, codes: np.ndarray) -> dict[str, Any]:
-    """Temperature with the smallest cross entropy, and accuracy and calibration error before and after it."""
-    rows = np.arange(len(codes))
-
-    def cross_entropy(log_temperature: float) -> float:
-        return -log_softmax(log_q / np.exp(log_temperature), axis=1)[rows, codes].mean()
-
-    temperature = float(np.exp(minimize_scalar(cross_entropy, bounds=(-3, 3), method="bounded").x))
-    q = np.exp(log_softmax(log_q / temperature, axis=1))
-    return {
-        "temperature": temperature,
-        "n_held_out": len(codes),
-        "accuracy": float((q.argmax(1) == codes).mean()),
-        "expected_calibration_error_before": calibration_error(np.exp(log_q), codes),
-        "expected_calibration_error": calibration_error(q, codes),
-    }
-
-
-def calibration_error(q: np.ndarray, codes: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean gap between probability and accuracy over equal bins (Guo et al. 2017, eq. 3).
-
-    Parameters
-    ----------
-    q
-        Probabilities of the classes, (n, K).
-    codes
-        True classes, (n,) int64.
-    bins
-        Number of bins of the largest probability, of equal width.
-
-    Returns
-    -------
-    From 0 to 1.
-    """
-    probability, right = q.max(1), q.argmax(1) == codes
-    at = np.minimum((probability * bins).astype(int), bins - 1)
-    gaps = np.bincount(at, weights=right - probability, minlength=bins)
-    return float(np.abs(gaps).sum() / len(codes))

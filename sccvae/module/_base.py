@@ -112,10 +112,13 @@ class GenerativeModule(nn.Module, ABC):
         The declared factorisation. Its ``terms`` are the names that :meth:`elbo_terms` returns (a test holds this).
     nets_of_c
         Attributes that hold a network whose input is c alone, or None.
+    classifiers
+        Attributes that hold a network that tells classes.
     """
 
     factors: Factorization
     nets_of_c: ClassVar[tuple[str, ...]] = ()
+    classifiers: ClassVar[tuple[str, ...]] = ()
 
     @property
     def device(self) -> torch.device:

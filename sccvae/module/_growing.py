@@ -99,7 +99,7 @@ def _kept(mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def only_new(module: GenerativeModule, known: Sequence[int]) -> Iterator[None]:
+def only_new(module: GenerativeModule, known: Sequence[int], *, labels: bool = False) -> Iterator[None]:
     """Inside, training moves the weights of new categories and nothing else, not even the statistics of batch norm.
 
     Weight decay would move them all; the caller must leave it out.
@@ -110,12 +110,17 @@ def only_new(module: GenerativeModule, known: Sequence[int]) -> Iterator[None]:
         The module.
     known
         Number of known categories of each condition; further ones are new.
+    labels
+        Whether cells have labels. Without any, what a classifier (``module.classifiers``) has for new categories stays
+        as it starts: cells would move its borders to where it is surest, whatever they are.
 
     Yields
     ------
     None. After it all weights can be trained again.
     """
     masks = new_weights(module, known)
+    if not labels:
+        masks = {name: mask for name, mask in masks.items() if name.split(".")[0] not in module.classifiers}
     hooks = []
     try:
         for name, weight in module.named_parameters():

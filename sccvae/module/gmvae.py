@@ -97,6 +97,7 @@ class GMVAE(EvidenceModule):
     #: Smallest standard deviation of a component: none can shrink onto a single cell.
     MIN_SCALE = 0.05
     nets_of_c = ("w_net",)
+    classifiers = ("y_body",)
 
     def __init__(
         self,
