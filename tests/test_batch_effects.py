@@ -117,7 +117,41 @@ def test_moments_of_silent_genes_stay_within_bounds():
     x[:, 0], x[0, 1] = 5, 1
     rho, theta = batch_moments(store_of(x, np.arange(8) % 2), 2)
     assert (rho[:, 2] == 0).all()
-    assert ((theta >= 0.05) & (theta <= 20)).all()
+    assert ((theta >= 0.01) & (theta <= 20)).all()
+
+
+def test_more_zeros_than_the_variance_tells_of():
+    """Half of the cells have nothing: the dispersion found is the one that expects so many zeros."""
+    rng = np.random.default_rng(1)
+    n = 4_000
+    library = rng.uniform(100, 300, size=(n, 1)).astype(np.float32)
+    x = rng.poisson(library * [0.001, 0.05, 0.9]) * (rng.uniform(size=(n, 3)) < [0.5, 0.5, 1])
+    store = store_of(x.astype(np.float32), np.zeros(n))
+    store.cells.library = library
+    rho, theta = batch_moments(store, None)
+    _, plain = batch_moments(store, None, zeros=False)
+    assert (theta <= plain).all()
+    assert theta[0, 1] < plain[0, 1] / 2
+    assert theta[0, 2] == plain[0, 2]
+    mean = library * rho
+    expected = ((1 + mean / theta) ** -theta).sum(0)
+    assert expected[1] == pytest.approx((x[:, 1] == 0).sum(), rel=0.05)
+    one = batch_moments(store, 1)
+    assert np.array_equal(one[0], rho)
+    assert np.array_equal(one[1], theta)
+
+
+@pytest.mark.parametrize("family", [NegativeBinomial, ZINB])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-cell"])
+def test_dispersions_start_at_the_data(cells, dispersion, family):
+    """Twice what the counts say; zeros have no say where they are explained otherwise."""
+    CVAE.setup_anndata(cells, batch_key="batch")
+    model = CVAE(cells, n_latent=2, n_hidden=4, likelihood=family(dispersion))
+    n_batch = cells.obs["batch"].nunique() if dispersion == "gene-batch" else None
+    theta = batch_moments(model._store(None), n_batch, zeros=family is NegativeBinomial)[1]
+    likelihood = model.module.likelihood
+    found = likelihood.theta_head.bias[None] if dispersion == "gene-cell" else likelihood.log_theta
+    np.testing.assert_allclose(found.detach().exp(), 2 * theta, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [NegativeBinomial, ZINB])
@@ -127,7 +161,8 @@ def test_offsets_start_each_batch_at_its_data(family):
     built = family("gene-batch", batch_offset=True).build(3, 4, 2)
     built.initialise(mean)
     overall = built.scale_head.bias.detach().exp()
-    built.initialise_batches(((by_batch + overall / 20) / (overall * 1.05)).log(), torch.full((2, 4), 3.0))
+    built.initialise_batches(((by_batch + overall / 20) / (overall * 1.05)).log())
+    built.initialise_dispersion(torch.full((2, 4), 3.0))
     torch.testing.assert_close(built.log_theta.exp(), torch.full((2, 4), 6.0))
     h, batch = torch.zeros(2, 2, 3), torch.tensor([0, 1])
     rho = built(h, torch.ones(2, 1), batch).expression()

@@ -3,47 +3,84 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.sparse import csr_matrix
+from torch import Tensor
 
-from sccvae._rows import dense
+from sccvae._rows import SparseRows
 from sccvae.data.store import CellStore
 
 #: Cells that the moments are taken of, evenly spaced over all: enough for a start.
 MOMENTS_OF = 20_000
 #: Bounds of the inverse dispersion, whose estimate is wild for a gene of a few counts.
-SMALLEST, LARGEST = 0.05, 20.0
+SMALLEST, LARGEST = 0.01, 20.0
+#: Groups of like library size that the cells of a batch are taken as, and inverse dispersions looked at.
+N_SIZES, N_GRID = 10, 80
 
 
-def batch_moments(store: CellStore, n_batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean proportion and inverse dispersion of each gene in each batch, by the method of moments.
+def batch_moments(store: CellStore, n_batch: int | None, *, zeros: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Mean proportion and inverse dispersion of each gene in each batch.
 
     With library sizes l, counts x and the proportion rho = sum x / sum l of a gene in a batch, a negative binomial of
-    mean m = l rho has E (x - m)^2 = m + m^2 / theta, hence theta = sum m^2 / sum ((x - m)^2 - m), kept within bounds.
+    mean m = l rho has E (x - m)^2 = m + m^2 / theta, hence theta = sum m^2 / sum ((x - m)^2 - m). Counts of reads have
+    more zeros than that: where it is smaller, theta is the one of which sum (1 + m / theta)^-theta is the number of
+    zeros. It is kept within bounds.
 
     Parameters
     ----------
     store
         The cells; the batch is their first condition.
     n_batch
-        Number of batches.
+        Number of batches; None takes all cells as one.
+    zeros
+        Whether zeros have a say.
 
     Returns
     -------
-    Proportions and inverse dispersions, each (n_batch, G) float32. A batch without cells has those of all cells.
+    Proportions and inverse dispersions, each (n_batch or 1, G) float32. A batch without cells has those of all cells.
     """
     rows = np.arange(0, len(store), max(1, len(store) // MOMENTS_OF))
-    x1, x2, lx = (np.zeros((n_batch, store.n_features)) for _ in range(3))  # sums of x, x^2 and l x
-    l1, l2 = np.zeros((n_batch, 1)), np.zeros((n_batch, 1))
+    x1, x2, lx, seen = (np.zeros((n_batch or 1, store.n_features)) for _ in range(4))  # sums of x, x^2, l x and [x > 0]
+    l1, l2, n = (np.zeros((n_batch or 1, 1)) for _ in range(3))  # of l, l^2 and 1
+    sizes: list[list[np.ndarray]] = [[] for _ in l1]
     for part in np.array_split(rows, max(1, len(rows) // 1024)):
         cells = store.gather(part)
-        x = dense(cells["x"]).numpy().astype(np.float64)
+        x = _csr(cells["x"])
         size = cells["library"].numpy().astype(np.float64)
-        member = (cells["codes"][:, :1].numpy() == np.arange(n_batch)).astype(np.float64).T  # (n_batch, n)
-        x1, x2, lx = x1 + member @ x, x2 + member @ x**2, lx + member @ (size * x)
-        l1, l2 = l1 + member @ size, l2 + member @ size**2
+        codes = cells["codes"][:, :1].numpy() if n_batch else np.zeros((len(size), 1), np.int64)
+        member = csr_matrix((codes == np.arange(len(l1))).astype(np.float64).T)  # (n_batch, n)
+        x1, x2, seen = x1 + member @ x, x2 + member @ x.multiply(x), seen + member @ (x > 0)
+        lx += member.multiply(size.T) @ x
+        l1, l2, n = l1 + member @ size, l2 + member @ size**2, n + member.sum(1)
+        for k in range(len(l1)):
+            sizes[k].append(size[codes[:, 0] == k, 0])
+    x1, x2, lx, seen, n = (np.asarray(sums) for sums in (x1, x2, lx, seen, n))
     empty = l1[:, 0] == 0
-    for sums in (x1, x2, lx, l1, l2):
+    for sums in (x1, x2, lx, seen, l1, l2, n):
         sums[empty] = sums.sum(0)
     rho = x1 / l1
     excess = x2 - 2 * rho * lx + rho**2 * l2 - x1
     theta = np.divide(rho**2 * l2, excess, out=np.full_like(rho, LARGEST), where=excess > 0)
+    everyone = np.concatenate([part for parts in sizes for part in parts])
+    for k, parts in enumerate(sizes if zeros else ()):
+        own = everyone if empty[k] else np.concatenate(parts)
+        theta[k] = np.minimum(theta[k], _by_zeros(rho[k], own, n[k] - seen[k]))
     return rho.astype(np.float32), theta.clip(SMALLEST, LARGEST).astype(np.float32)
+
+
+def _csr(x: Tensor | SparseRows) -> csr_matrix:
+    """Counts (n, G) in float64."""
+    if isinstance(x, SparseRows):
+        return csr_matrix((x.values.double().numpy(), x.columns.numpy(), x.starts.numpy()), x.shape)
+    return csr_matrix(x.double().numpy())
+
+
+def _by_zeros(rho: np.ndarray, sizes: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+    """The inverse dispersion that expects so many zeros, (G,), on a grid; the largest where none expects so few."""
+    groups = np.array_split(np.sort(sizes), min(N_SIZES, len(sizes)))
+    mean = np.array([part.mean() for part in groups])[:, None] * rho  # (N_SIZES, G)
+    weight = np.array([float(len(part)) for part in groups])
+    theta = np.full(len(rho), LARGEST)
+    for smaller in np.geomspace(LARGEST, SMALLEST, N_GRID):  # the smaller theta, the more zeros
+        expected = weight @ np.exp(-smaller * np.log1p(mean / smaller))
+        theta = np.where(expected <= zeros, smaller, theta)
+    return theta

@@ -247,21 +247,26 @@ class NegativeBinomial(_CountLikelihood):
         return theta + (("offset",) if self.settings["batch_offset"] else ())
 
     @torch.no_grad()
-    def initialise_batches(self, effect: Tensor, theta: Tensor) -> None:
-        """Start what belongs to a batch at its data.
+    def initialise_batches(self, effect: Tensor) -> None:
+        """Start the offsets at the data: the log factor by which each batch multiplies each gene, (n_batch, G)."""
+        if "offset" in self.batchwise:
+            self.offset.copy_(effect)
+
+    @torch.no_grad()
+    def initialise_dispersion(self, theta: Tensor) -> None:
+        """Start inverse dispersions at the data.
 
         Parameters
         ----------
-        effect
-            Log factor by which each batch multiplies each gene, (n_batch, G).
         theta
-            Inverse dispersion by the method of moments, (n_batch, G), positive. Twice this is where it starts, since
-            part of a gene's variance is what z will explain.
+            Those of the counts as they are, positive: (n_batch, G) where each batch has its own (``batchwise``), else
+            (1, G). Twice this is where they start, since part of a gene's variance is what z will explain.
         """
-        if "offset" in self.batchwise:
-            self.offset.copy_(effect)
-        if "log_theta" in self.batchwise:
-            self.log_theta.copy_((2 * theta).log())
+        start = (2 * theta).log()
+        if self.settings["dispersion"] == "gene-cell":
+            self.theta_head.bias.copy_(start[0])
+        else:
+            self.log_theta.copy_(start)
 
     def forward(self, h: Tensor, library: Tensor | None = None, batch_index: Tensor | None = None) -> NBObservation:
         """Distribution of counts; see :meth:`Likelihood.forward`."""

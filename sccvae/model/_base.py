@@ -30,6 +30,7 @@ from sccvae.data import (
     read_cells,
     split_indices,
 )
+from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._saving import SavingMixin
 from sccvae.module import Batch, GenerativeModule
 from sccvae.train import TrainingResult, batch_effects, fit
@@ -300,11 +301,15 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         self.module.likelihood.initialise(torch.from_numpy(mean))
         if hasattr(self.module.likelihood, "depth"):
             self.module.likelihood.depth.fill_(float(np.median(cells.library)))
+        if isinstance(self.module.likelihood, NegativeBinomial):
+            own = "log_theta" in self.module.likelihood.batchwise
+            zeros = not isinstance(self.module.likelihood, ZINB)  # which explains them otherwise
+            theta = batch_moments(store, self.schema.n_categories[0] if own else None, zeros=zeros)[1]
+            self.module.likelihood.initialise_dispersion(torch.from_numpy(theta))
         if self.module.likelihood.batchwise:
             n_batch = self.schema.n_categories[0]
             effect, kinds = batch_effects(store, n_batch, with_kinds=self._aligns_kinds)
-            theta = batch_moments(store, n_batch)[1]
-            self.module.likelihood.initialise_batches(*map(torch.from_numpy, (effect, theta)))
+            self.module.likelihood.initialise_batches(torch.from_numpy(effect))
             if self._aligns_kinds:
                 self.module.kinds = kinds
         if hasattr(self.module, "conditions"):
