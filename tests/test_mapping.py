@@ -22,6 +22,7 @@ from scipy.stats import multivariate_normal
 
 import sccvae
 from sccvae import model as models
+from sccvae.data import batch_moments
 from sccvae.distributions import ZINB, Bernoulli, NegativeBinomial, Normal, Poisson
 from sccvae.model import AE, CVAE, GMVAE, VAE
 from sccvae.model._classes import against_classes, by_normals, calibrate, calibration_error, logistic, normals
@@ -508,6 +509,17 @@ def test_gmvae_transfers_by_its_classes():
     temperature = query.calibration["temperature"]
     q = query.predict_proba().astype(np.float64) ** (1 / temperature)
     assert np.allclose(table["probability"], (q / q.sum(1, keepdims=True)).max(1), atol=1e-4)
+
+
+def test_dispersions_of_a_new_batch_start_at_its_cells():
+    adata = planted(240)
+    reference, cells = (adata[(adata.obs["batch"] == "c") == new].copy() for new in (False, True))
+    model = make(CVAE, reference)
+    query = model.load_query(cells)
+    before, after = (m.module.likelihood.log_theta.detach() for m in (model, query))
+    assert torch.equal(after[:2], before)
+    theta = batch_moments(query._store(None), 3)[1]
+    np.testing.assert_allclose(after[2].exp(), 2 * theta[2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 
-from sccvae.data import CellStore, MaskedStore, check_support, measured, read_measured, split_indices
+from sccvae.data import CellStore, MaskedStore, batch_moments, check_support, measured, read_measured, split_indices
+from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import TransferMixin
@@ -107,6 +110,7 @@ class MappingMixin(TransferMixin):
         store = query._store(adata)
         query._adata = adata
         query._note_combinations(store)
+        query._start_dispersions(store, known)
         query.is_trained = freeze and not new_weights(query.module, known)
         query._tell_report()
         return query
@@ -298,6 +302,16 @@ class MappingMixin(TransferMixin):
         none = (column.isna() | (column.astype(str) == str(self.schema.unlabeled_category))).to_numpy()
         unknown = sorted(set(column[~none].astype(str)) - set(self.schema.classes.astype(str)))
         return {"n_unlabelled": int(none.sum()), "unknown_labels": unknown}
+
+    def _start_dispersions(self, store: CellStore, known: Sequence[int]) -> None:
+        """Start the dispersions of new batches, where they have their own, at the query's cells."""
+        likelihood = self.module.likelihood
+        if "log_theta" not in likelihood.batchwise or len(likelihood.log_theta) == known[0]:
+            return
+        zeros = not isinstance(likelihood, ZINB)
+        theta = torch.from_numpy(batch_moments(store, len(likelihood.log_theta), zeros=zeros)[1])
+        with torch.no_grad():
+            likelihood.log_theta[known[0] :] = (2 * theta[known[0] :]).log()
 
     def _note_combinations(self, store: CellStore) -> None:
         """Add the query's combinations of conditions to those that generation draws from."""
