@@ -449,7 +449,8 @@ def test_a_new_batch_starts_between_the_known(cells):
     for name in ("offset", "log_theta"):
         before, after = getattr(old, name).detach(), getattr(new, name).detach()
         assert torch.equal(after[:2], before)
-        torch.testing.assert_close(after[2], before.mean(0))
+        if name == "offset":  # its dispersions start at its own cells (test_mapping)
+            torch.testing.assert_close(after[2], before.mean(0))
     mapped.train(**FAST)
     assert torch.equal(mapped.module.mixture.loc, model.module.mixture.loc)
     assert torch.equal(mapped.module.likelihood.offset[:2], old.offset)
