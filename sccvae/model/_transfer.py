@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 #: Name of what the reference does not hold.
 UNKNOWN = "unknown"
 #: Training cells that the logistic regression on genes learns from at most, and the depth that it sees cells at.
-LEARNS_FROM, DEPTH = 20_000, 1e4
+LEARNS_FROM, DEPTH = 10_000, 1e4
 #: Quantiles kept of the held-out outlier scores.
 QUANTILES = 1001
 
