@@ -13,8 +13,8 @@ from sccvae.data.store import CellStore
 MOMENTS_OF = 20_000
 #: Bounds of the inverse dispersion, whose estimate is wild for a gene of a few counts.
 SMALLEST, LARGEST = 0.01, 20.0
-#: Groups of like library size that the cells of a batch are taken as, and inverse dispersions looked at.
-N_SIZES, N_GRID = 10, 80
+#: Groups of like library size that the cells of a batch are taken as, and halvings of the range of inverse dispersions.
+N_SIZES, N_HALVINGS = 10, 12
 
 
 def batch_moments(store: CellStore, n_batch: int | None, *, zeros: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +75,13 @@ def _csr(x: Tensor | SparseRows) -> csr_matrix:
 
 
 def _by_zeros(rho: np.ndarray, sizes: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-    """The inverse dispersion that expects so many zeros, (G,), on a grid; the largest where none expects so few."""
+    """The inverse dispersion that expects so many zeros, (G,), by bisection; the largest where none expects so few."""
     groups = np.array_split(np.sort(sizes), min(N_SIZES, len(sizes)))
     mean = np.array([part.mean() for part in groups])[:, None] * rho  # (N_SIZES, G)
     weight = np.array([float(len(part)) for part in groups])
-    theta = np.full(len(rho), LARGEST)
-    for smaller in np.geomspace(LARGEST, SMALLEST, N_GRID):  # the smaller theta, the more zeros
-        expected = weight @ np.exp(-smaller * np.log1p(mean / smaller))
-        theta = np.where(expected <= zeros, smaller, theta)
-    return theta
+    low, high = np.full(len(rho), SMALLEST), np.full(len(rho), LARGEST)
+    for _ in range(N_HALVINGS):  # the larger theta, the fewer zeros
+        middle = np.sqrt(low * high)
+        enough = weight @ np.exp(-middle * np.log1p(mean / middle)) <= zeros
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return high

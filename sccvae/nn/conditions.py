@@ -105,7 +105,7 @@ def new_columns(known: Sequence[int], wanted: Sequence[int], n_continuous: int =
 
 
 def thin_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """X W + b for x (..., n, m), weight (m, k) and bias (k,); on a GPU fast where m or k is small."""
+    """The product x W + b for x (..., n, m), weight (m, k) and bias (k,); on a GPU fast where m or k is small."""
     if not weight.is_cuda or min(weight.shape) > THIN or torch.is_autocast_enabled("cuda"):
         return linear(x, weight.T, bias)
     return _ThinLinear.apply(x.reshape(-1, len(weight)), weight, bias).reshape(*x.shape[:-1], -1)

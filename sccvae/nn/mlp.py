@@ -42,6 +42,7 @@ class _RowNorm(nn.Module):
         self.norm = nn.BatchNorm1d(width, momentum=0.05, eps=1e-3)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Normalise h (..., width), each column over all rows; the same shape."""
         rows, n = h.reshape(-1, h.shape[-1]), self.norm
         training = self.training and not self.frozen  # not as n(rows): it also counts its calls, which nobody reads
         y = batch_norm(rows, n.running_mean, n.running_var, n.weight, n.bias, training, n.momentum, n.eps)
