@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from sccvae.train.guide import Communities, by_size, neighbor_graph
+from sccvae.train.guide import Communities, Guide, by_size, medoid, neighbor_graph
 
 SIZES = [60, 50, 40, 30, 20]
 
@@ -117,6 +117,27 @@ def test_higher_resolution_more_communities():
     graph = neighbor_graph(np.random.default_rng(0).normal(size=(300, 2)))
     numbers = [Communities(graph).at(r).n_clusters for r in (0.05, 1.0, 5.0)]
     assert numbers[0] < numbers[1] < numbers[2]
+
+
+def test_of_several_orders_the_one_that_most_agree_with(blobs, monkeypatch):
+    odd, usual = Guide(np.repeat([0, 1], 100), 2), Guide(np.tile([0, 1], 100), 2)
+    nearly = Guide(np.where(np.arange(200) == 7, 0, usual.labels), 2)
+    guides = [odd, nearly, usual, usual]
+    assert medoid(guides, guides) is usual
+    assert medoid(guides, [nearly]) is nearly
+    assert medoid([odd], [odd]) is odd
+    searched = []
+
+    def search(self, n_clusters, seed):
+        searched.append(seed)
+        return {None: odd}.get(seed, usual)
+
+    monkeypatch.setattr(Communities, "_search", search)
+    assert Communities(blobs[0], seed=4).with_clusters(2) is usual
+    assert searched == [None, *range(5, 14)]
+    assert Communities(blobs[0], seed=4).with_clusters(2, like=odd) is odd
+    monkeypatch.setattr("sccvae.train.guide.ORDERS_CELLS", 200)  # one order where there are many cells
+    assert Communities(blobs[0], seed=4).with_clusters(2) is odd
 
 
 # Sizes

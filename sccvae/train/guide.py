@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_CELLS = 60_000
 #: Resolutions searched for a number of clusters, and trials of the search.
 RESOLUTIONS, TRIALS = (0.005, 10.0), 14
+#: Random orders that are tried at most, and cells of all of them together.
+MOST_ORDERS, ORDERS_CELLS = 10, 100_000
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -128,9 +130,17 @@ class Communities:
             igraph.set_random_number_generator(random)
         return by_size(np.asarray(found.membership))
 
-    def with_clusters(self, n_clusters: int) -> Guide:
-        """Communities at a resolution that gives ``n_clusters`` of them; else the next more, the closest merged."""
-        tried = {np.log(resolution): guide for (resolution, seed), guide in self._found.items() if seed is None}
+    def with_clusters(self, n_clusters: int, like: Guide | None = None) -> Guide:
+        """Communities at a resolution that gives ``n_clusters`` of them; else the next more, the closest merged.
+
+        Another random order may find others: of several, those most like a guide; or else most like the other ones.
+        """
+        orders = int(np.clip(ORDERS_CELLS // self.graph.vcount(), 1, MOST_ORDERS))
+        found = [self._search(n_clusters, None if i == 0 else self.seed + i) for i in range(orders)]
+        return medoid(found, found if like is None else [like])
+
+    def _search(self, n_clusters: int, seed: int | None) -> Guide:
+        tried = {np.log(resolution): guide for (resolution, s), guide in self._found.items() if s == seed}
         more = {at: guide for at, guide in tried.items() if guide.n_clusters >= n_clusters}
         high = min(more, default=np.log(RESOLUTIONS[1]))
         low = max((at for at in tried if at < high), default=np.log(RESOLUTIONS[0]))
@@ -139,7 +149,7 @@ class Communities:
             return best
         at = (low + high) / 2 if tried else np.log(0.5)
         for _ in range(TRIALS):
-            guide = self.at(float(np.exp(at)))
+            guide = self.at(float(np.exp(at)), seed)
             if guide.n_clusters == n_clusters:
                 return guide
             if guide.n_clusters > n_clusters:
@@ -186,6 +196,22 @@ class Communities:
             links = np.delete(np.delete(links, j, 0), j, 1)
             group = np.where(group == j, i, np.where(group > j, group - 1, group))
         return by_size(np.where(guide.labels >= 0, group[guide.labels], -1))
+
+
+def medoid(guides: list[Guide], others: list[Guide]) -> Guide:
+    """The guide that others agree with most (adjusted Rand index), the first of equals.
+
+    Parameters
+    ----------
+    guides, others
+        Of the same cells, one or more.
+
+    Returns
+    -------
+    One of ``guides``.
+    """
+    agreement = [[adjusted_rand_score(a.labels, b.labels) for b in others] for a in guides]
+    return guides[int(np.sum(agreement, axis=1).argmax())]
 
 
 def by_size(labels: np.ndarray) -> Guide:

@@ -215,7 +215,7 @@ def fit_mixture(
         if last.interrupted:
             return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
-        anew = _guide([features], known[rows], None, module, False, seed)
+        anew = _guide([features], known[rows], None, module, False, seed, found)
         both = (found.labels >= 0) & (anew.labels >= 0)
         agreement = adjusted_rand_score(found.labels[both], anew.labels[both])
         logger.info("The guide made again agrees with the one before by %.3f (adjusted Rand index)", agreement)
@@ -289,15 +289,17 @@ def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np
     return (z - c @ np.linalg.lstsq(c, z, rcond=None)[0]).astype(np.float32)
 
 
-def _guide(views: list[np.ndarray], known, given, module: GMVAE, choose: bool, seed: int) -> Guide:
-    """Labels for the cells with these coordinates: given, spread from the known ones, or found."""
+def _guide(
+    views: list[np.ndarray], known, given, module: GMVAE, choose: bool, seed: int, before: Guide | None = None
+) -> Guide:
+    """Labels for the cells with these coordinates: given, spread from the known ones, or found, much as before."""
     if given is not None:
         return Guide(given, int(given.max()) + 1)
     graph = sum((neighbor_graph(z) for z in views[1:]), neighbor_graph(views[0]))
     if (known >= 0).any():
         return _spread_guide(graph, known, module, choose, seed)
     communities = Communities(graph, seed)
-    return communities.stable() if choose else communities.with_clusters(module.n_components)
+    return communities.stable() if choose else communities.with_clusters(module.n_components, before)
 
 
 def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:
