@@ -553,6 +553,15 @@ def weights_of(kinds, store):
     return kinds(x, torch.from_numpy(store.cells.codes[:, 0])).numpy()
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_cells_that_are_the_same_have_no_effects(depth):
+    x = np.ones((90, 20))
+    x[:40] *= depth  # the same but for the depth
+    effect, kinds = batch_effects(store_of(x, np.repeat([0, 1], [40, 50])), 2)
+    np.testing.assert_allclose(effect, 0, atol=1e-6)
+    assert kinds is None
+
+
 def test_kinds_are_the_same_in_all_batches_though_a_batch_changes_one_kind_more():
     """Kind 0 answers batch 1 with genes of its own, as a type answers a treatment."""
     rng = np.random.default_rng(5)

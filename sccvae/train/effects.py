@@ -57,7 +57,7 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
     Returns
     -------
     (n_batch, G) float32: over all counts a gene's factors have the mean one; a batch without cells has ones. And the
-    kinds, None if there are too few cells for two of them.
+    kinds, None if there are too few cells for two of them, or all are the same.
 
     References
     ----------
@@ -70,9 +70,9 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
     library = np.maximum(library, 1e-12)
     batches = _members(batch, n_batch)
     n_kinds = int(np.clip(len(rows) // CELLS_A_KIND, 1, KINDS))
-    if n_kinds == 1 or min(x.shape) <= 2:
-        return _factors(x, library, batches, _members(np.zeros(len(rows), np.int64), 1)).astype(np.float32), None
     y = x.multiply(np.median(store.cells.library) / library).tocsr().log1p()
+    if n_kinds == 1 or min(x.shape) <= 2 or (y.max(axis=0).toarray() == y.min(axis=0).toarray()).all():
+        return _factors(x, library, batches, _members(np.zeros(len(rows), np.int64), 1)).astype(np.float32), None
     added = _between_neighbors(y, batch, n_batch)
     for _ in range(ROUNDS):
         z, _ = _components(y, batches, added)
