@@ -36,6 +36,29 @@ def works(model):
     assert np.isfinite(model.get_reconstruction_error())
 
 
+# Conditions
+
+
+def test_a_condition_that_mixes_text_and_numbers(adata):
+    adata.obs["mixed"] = pd.Series(["a", 1] * (N // 2), index=adata.obs_names, dtype=object)
+    with pytest.raises(TypeError, match=r"obs\['mixed'\] mixes text with values such as 1 \(int\).*astype\(str\)"):
+        make(adata, setup={"batch_key": "mixed"})
+    adata.obs["mixed"] = adata.obs["mixed"].astype(str)
+    works(make(adata, setup={"batch_key": "mixed"}))
+
+
+def test_a_category_that_the_model_does_not_know(adata):
+    model = make(adata, train=False)
+    model.is_trained = True
+    for call in (
+        lambda: model.get_normalized_expression(transform_batch="no such"),
+        lambda: model.predict_counterfactual(condition={"batch": "no such"}),
+        lambda: model.sample(3, batch="no such"),
+    ):
+        with pytest.raises(ValueError, match=r"'no such' is no category of obs\['batch'\] in this model; it knows"):
+            call()
+
+
 # Values
 
 

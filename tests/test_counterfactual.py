@@ -89,7 +89,7 @@ def test_a_mixture_changes_conditions():
         ),
         ({}, ValueError, "condition is empty"),
         ("stim", TypeError, "must be a dictionary"),
-        ({"donor": "d9"}, ValueError, r"obs\['donor'\] is \['d9'\] .*it knows \['d1', 'd2', 'd3'\]"),
+        ({"donor": "d9"}, ValueError, r"'d9' is no category of obs\['donor'\] .*it knows \['d1', 'd2', 'd3'\]"),
         ({"dose": "much"}, ValueError, r"condition\['dose'\]='much' must be a finite number"),
         ({"dose": np.nan}, ValueError, "finite number"),
     ],

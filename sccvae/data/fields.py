@@ -146,7 +146,7 @@ def check_setup(
     Raises
     ------
     TypeError
-        If ``adata`` is no AnnData, or keys were given as one string.
+        If ``adata`` is no AnnData, keys were given as one string, or a condition mixes text with numbers.
     KeyError
         If a layer or an ``obs`` column is missing.
     ValueError
@@ -202,6 +202,13 @@ def check_setup(
                 "these cells out."
             )
             raise ValueError(msg)
+        other = [v for v in adata.obs[key].unique() if not isinstance(v, str)]
+        if 0 < len(other) < adata.obs[key].nunique():
+            msg = (
+                f"adata.obs[{key!r}] mixes text with values such as {other[0]!r} ({type(other[0]).__name__}), which "
+                f"cannot be sorted. Make all of them text: `adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)`."
+            )
+            raise TypeError(msg)
     if unlabeled_category is not None and labels_key is None:
         msg = f"unlabeled_category={unlabeled_category!r} needs labels_key, the obs column that it stands in."
         raise ValueError(msg)
@@ -335,6 +342,10 @@ class Schema:
         ValueError
             If the condition has no such category.
         """
+        known = [str(k) for k in self.categories[key]]
+        if str(category) not in known:
+            msg = f"{category!r} is no category of obs[{key!r}] in this model; it knows {known}."
+            raise ValueError(msg)
         return int(self.codes(key, pd.Series([category], name=key))[0])
 
     def codes(self, key: str, column: pd.Series) -> np.ndarray:
