@@ -473,8 +473,21 @@ def test_indices_that_select_nothing_or_too_much(adata):
             model.get_latent_representation(indices=indices)
     with pytest.raises(ValueError, match=r"mask of 47 .* 48 cells"):
         model.get_latent_representation(indices=np.ones(N - 1, bool))
-    with pytest.raises(IndexError):
-        model.get_latent_representation(indices=[N])
+    for far in (N, -N - 1):
+        with pytest.raises(IndexError, match=f"indices holds {far}, but there are 48 cells"):
+            model.get_latent_representation(indices=[0, far])
+    for other in (["cell1"], ["1"], [1.0], 1, [[1]]):
+        with pytest.raises(TypeError, match=r"whole numbers of rows.*obs_names.get_indexer"):
+            model.get_latent_representation(indices=other)
+
+
+def test_indices_of_all_kinds(adata):
+    model = make(adata)
+    z = model.get_latent_representation()
+    even = np.arange(N) % 2 == 0
+    for indices in (slice(None, None, 2), even, pd.Series(even), np.arange(0, N, 2, dtype=np.uint8)):
+        np.testing.assert_allclose(model.get_latent_representation(indices=indices), z[::2], atol=1e-6)
+    np.testing.assert_allclose(model.get_latent_representation(indices=[-1, 0]), z[[-1, 0]], atol=1e-6)
 
 
 def test_sampling_options(adata):

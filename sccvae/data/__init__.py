@@ -9,7 +9,7 @@ from sccvae.data.moments import batch_moments
 from sccvae.data.ondisk import DiskMatrix, free_memory, gigabytes
 from sccvae.data.read import Cells, check_support, read_cells
 from sccvae.data.residence import ResidentStore, resident
-from sccvae.data.splits import split_indices
+from sccvae.data.splits import row_numbers, split_indices
 from sccvae.data.store import CellStore, ChunkLoader
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "read_cells",
     "read_measured",
     "resident",
+    "row_numbers",
     "shuffled_loader",
     "split_indices",
 ]

@@ -1,8 +1,13 @@
-"""Which cells train and which validate."""
+"""Which cells train and which validate, and which a user means."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 def split_indices(
@@ -41,3 +46,52 @@ def split_indices(
     order = np.random.default_rng(seed).permutation(n)
     parts = np.split(order, [n_train, n_train + n_validation])
     return tuple(np.sort(part) for part in parts)
+
+
+def row_numbers(indices: ArrayLike | slice | None, n_cells: int) -> np.ndarray:
+    """Rows that ``indices`` selects of ``n_cells`` cells.
+
+    Parameters
+    ----------
+    indices
+        Numbers of rows, negative ones from the end; a mask (n_cells,) bool; a slice; or None for all.
+    n_cells
+        Number of cells.
+
+    Returns
+    -------
+    (n,) int64, in the order given, from 0 on.
+
+    Raises
+    ------
+    TypeError
+        If they are neither; names of cells, for example.
+    ValueError
+        If a mask has another length, or no cell is selected.
+    IndexError
+        If there is no such row.
+    """
+    if indices is None or isinstance(indices, slice):
+        rows = np.arange(n_cells)[indices or slice(None)]
+    else:
+        rows = np.asarray(indices)
+    if rows.dtype == bool:
+        if len(rows) != n_cells:
+            msg = f"indices is a mask of {len(rows)} values, but there are {n_cells} cells."
+            raise ValueError(msg)
+        rows = np.flatnonzero(rows)
+    if not rows.size:
+        msg = "indices selects no cell."
+        raise ValueError(msg)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        msg = (
+            f"indices={indices!r:.60} must be whole numbers of rows, a mask or a slice; for names of cells take "
+            "`adata.obs_names.get_indexer(names)`."
+        )
+        raise TypeError(msg)
+    rows = rows.astype(np.int64)
+    far = rows[(rows < -n_cells) | (rows >= n_cells)]
+    if len(far):
+        msg = f"indices holds {far[0]}, but there are {n_cells} cells."
+        raise IndexError(msg)
+    return np.where(rows < 0, rows + n_cells, rows)

@@ -28,6 +28,7 @@ from sccvae.data import (
     check_setup,
     check_support,
     read_cells,
+    row_numbers,
     split_indices,
 )
 from sccvae.distributions import ZINB, NegativeBinomial
@@ -321,20 +322,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         settings = self.module.likelihood.settings
         return hasattr(self.module, "kinds") and self.module.has_late_penalty and settings.get("depth_free", False)
 
-    def _rows(self, adata: AnnData | None, indices: Sequence[int] | None) -> np.ndarray:
-        n = self._given(adata).n_obs
-        if indices is None:
-            return np.arange(n)
-        rows = np.asarray(indices)
-        if rows.dtype == bool:
-            if len(rows) != n:
-                msg = f"indices is a mask of {len(rows)} values, but there are {n} cells."
-                raise ValueError(msg)
-            rows = np.flatnonzero(rows)
-        if not len(rows):
-            msg = "indices selects no cell."
-            raise ValueError(msg)
-        return rows.astype(np.int64)
+    def _rows(self, adata: AnnData | None, indices: Sequence[int] | slice | None) -> np.ndarray:
+        return row_numbers(indices, self._given(adata).n_obs)
 
     def _category_code(self, key: str, category: Any) -> int:
         """Code of a category of the condition ``key`` that the model was trained with.
