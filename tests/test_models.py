@@ -217,7 +217,7 @@ def test_sample(variational):
     expected = variational.sample(5, mean=True)
     shown = expected.X.toarray() if sparse.issparse(expected.X) else expected.X
     assert np.isfinite(shown).all()
-    with pytest.raises(ValueError, match=r"obs\['batch'\] is \['z'\].*it knows \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"'z' is no category of obs\['batch'\] .*it knows \['a', 'b'\]"):
         variational.sample(5, batch="z")
 
 

@@ -65,7 +65,7 @@ def row_numbers(indices: ArrayLike | slice | None, n_cells: int) -> np.ndarray:
     Raises
     ------
     TypeError
-        If they are neither; names of cells, for example.
+        If they are none of these; names of cells, for example.
     ValueError
         If a mask has another length, or no cell is selected.
     IndexError
