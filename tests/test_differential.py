@@ -167,6 +167,10 @@ def test_selections_are_as_good_as_groups():
     ]:
         got = model.differential_expression(idx1=one, idx2=two, **options)
         pd.testing.assert_frame_equal(got.drop(columns=names), wanted.drop(columns=names))
+    twice = model.adata.copy()
+    twice.obs.index = ["one name"] * twice.n_obs  # a query picks rows, not names
+    got = model.differential_expression(twice, idx1="donor == 'd1'", idx2="donor == 'd3'", **options)
+    pd.testing.assert_frame_equal(got.drop(columns=names), wanted.drop(columns=names))
     rest = model.differential_expression(groupby="donor", group1="d1", **options)
     got = model.differential_expression(idx1=donor == "d1", **options)
     pd.testing.assert_frame_equal(got.drop(columns=names), rest.drop(columns=names))
@@ -206,6 +210,9 @@ def test_the_same_seed_gives_the_same_table():
         ({"groupby": "donor", "group1": "d1", "group2": "d1"}, ValueError, "are both 'd1'"),
         ({"idx1": [True, False]}, ValueError, "idx1 is a mask of 2 values, but there are 48 cells"),
         ({"idx1": "donor == 'd1'", "idx2": "donor == 'x'"}, ValueError, "idx2 selects no cell"),
+        ({"idx1": ["c1", "c2"]}, TypeError, "idx1=.*must be whole numbers of rows, a mask or a slice"),
+        ({"idx1": [0], "idx2": [1.5]}, TypeError, r"idx2=\[1.5\] must be whole numbers"),
+        ({"idx1": [48]}, IndexError, "idx1 holds 48, but there are 48 cells"),
         ({"groupby": "donor", "mode": "t-test"}, ValueError, "choose 'change' or 'vanilla'"),
         ({"groupby": "donor", "fdr_target": 5}, ValueError, "fdr_target=5 must lie between 0 and 1"),
         ({"groupby": "donor", "delta": -1}, ValueError, "delta=-1 must not be negative"),

@@ -48,7 +48,7 @@ def split_indices(
     return tuple(np.sort(part) for part in parts)
 
 
-def row_numbers(indices: ArrayLike | slice | None, n_cells: int) -> np.ndarray:
+def row_numbers(indices: ArrayLike | slice | None, n_cells: int, name: str = "indices") -> np.ndarray:
     """Rows that ``indices`` selects of ``n_cells`` cells.
 
     Parameters
@@ -57,6 +57,8 @@ def row_numbers(indices: ArrayLike | slice | None, n_cells: int) -> np.ndarray:
         Numbers of rows, negative ones from the end; a mask (n_cells,) bool; a slice; or None for all.
     n_cells
         Number of cells.
+    name
+        What errors call them.
 
     Returns
     -------
@@ -77,21 +79,21 @@ def row_numbers(indices: ArrayLike | slice | None, n_cells: int) -> np.ndarray:
         rows = np.asarray(indices)
     if rows.dtype == bool:
         if len(rows) != n_cells:
-            msg = f"indices is a mask of {len(rows)} values, but there are {n_cells} cells."
+            msg = f"{name} is a mask of {len(rows)} values, but there are {n_cells} cells."
             raise ValueError(msg)
         rows = np.flatnonzero(rows)
     if not rows.size:
-        msg = "indices selects no cell."
+        msg = f"{name} selects no cell."
         raise ValueError(msg)
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         msg = (
-            f"indices={indices!r:.60} must be whole numbers of rows, a mask or a slice; for names of cells take "
+            f"{name}={indices!r:.60} must be whole numbers of rows, a mask or a slice; for names of cells take "
             "`adata.obs_names.get_indexer(names)`."
         )
         raise TypeError(msg)
     rows = rows.astype(np.int64)
     far = rows[(rows < -n_cells) | (rows >= n_cells)]
     if len(far):
-        msg = f"indices holds {far[0]}, but there are {n_cells} cells."
+        msg = f"{name} holds {far[0]}, but there are {n_cells} cells."
         raise IndexError(msg)
     return np.where(rows < 0, rows + n_cells, rows)

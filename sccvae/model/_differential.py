@@ -12,6 +12,7 @@ import pandas as pd
 from anndata import AnnData
 from tqdm.auto import tqdm
 
+from sccvae.data import row_numbers
 from sccvae.model._base import evaluating
 from sccvae.model._decoding import Change
 from sccvae.model._shrinkage import expected_fdr, posterior_draws
@@ -20,6 +21,8 @@ from sccvae.model._shrinkage import expected_fdr, posterior_draws
 NOT_EXPRESSED = 0.01
 #: Draws of the weights of cells, and cells of a group below which their spread cannot be told.
 N_WEIGHTS, FEW = 200, 10
+#: Column that a query of ``obs`` takes along.
+ROW = "row of sccvae"
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class DifferentialMixin:
         group2
             The group to compare with; None for all other cells.
         idx1, idx2
-            Instead of groups: rows, a mask, or a query of ``obs`` such as ``"cell_type == 'B' and age > 60"``.
-            ``idx2=None`` is all other cells.
+            Instead of groups: numbers of rows, a mask, a slice, or a query of ``obs`` such as
+            ``"cell_type == 'B' and age > 60"``. ``idx2=None`` is all other cells.
         mode
             ``"change"``: is the absolute change above ``delta``? ``"vanilla"``: which group is above the other?
         delta
@@ -156,6 +159,8 @@ class DifferentialMixin:
         ValueError
             If a group is not known or has no cells, neither or both of ``groupby`` and ``idx1`` are given, a number is
             out of range, or the model has no batch to correct for.
+        TypeError, IndexError
+            If ``idx1`` or ``idx2`` are no rows, or there are none such.
 
         Warns
         -----
@@ -361,18 +366,9 @@ def _by_rows(adata: AnnData, idx1: Any, idx2: Any) -> list[Comparison]:
 def _rows(adata: AnnData, idx1: Any, idx2: Any) -> Iterator[np.ndarray]:
     one = None
     for name, idx in (("idx1", idx1), ("idx2", idx2)):
-        if idx is None:
-            rows = np.setdiff1d(np.arange(adata.n_obs), one)
-        elif isinstance(idx, str):
-            rows = np.flatnonzero(adata.obs.index.isin(adata.obs.query(idx).index))
-        else:
-            idx = np.asarray(idx)
-            if idx.dtype == bool and len(idx) != adata.n_obs:
-                msg = f"{name} is a mask of {len(idx)} values, but there are {adata.n_obs} cells."
-                raise ValueError(msg)
-            rows = np.flatnonzero(idx) if idx.dtype == bool else idx.astype(np.int64)
-        if not len(rows):
-            msg = f"{name} selects no cell."
-            raise ValueError(msg)
-        one = rows if one is None else one
-        yield rows
+        if isinstance(idx, str):  # by number: names of cells may be there twice
+            idx = adata.obs.assign(**{ROW: np.arange(adata.n_obs)}).query(idx)[ROW].to_numpy()
+        elif idx is None:
+            idx = np.setdiff1d(np.arange(adata.n_obs), one)
+        one = row_numbers(idx, adata.n_obs, name)
+        yield one
