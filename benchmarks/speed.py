@@ -168,7 +168,7 @@ def train(adata: ad.AnnData, rounds: int, accelerator: str) -> list[dict]:
 
 
 def mixture_rate(adata: ad.AnnData, accelerator: str) -> float:
-    """Training cells seen in a second of a whole GMVAE training at its defaults."""
+    """Training cells seen in a second of a whole GMVAE training, guides and validation included."""
     from sccvae.model import GMVAE
 
     GMVAE.setup_anndata(adata)

@@ -94,6 +94,6 @@ def row_numbers(indices: ArrayLike | slice | None, n_cells: int, name: str = "in
     rows = rows.astype(np.int64)
     far = rows[(rows < -n_cells) | (rows >= n_cells)]
     if len(far):
-        msg = f"{name} holds {far[0]}, but there are {n_cells} cells."
+        msg = f"{name} holds {far[0]}, but there are {n_cells} cells: rows go from 0 to {n_cells - 1}."
         raise IndexError(msg)
     return np.where(rows < 0, rows + n_cells, rows)
