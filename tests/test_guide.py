@@ -122,20 +122,23 @@ def test_higher_resolution_more_communities():
 def test_of_several_orders_the_one_that_most_agree_with(blobs, monkeypatch):
     odd, usual = Guide(np.repeat([0, 1], 100), 2), Guide(np.tile([0, 1], 100), 2)
     nearly = Guide(np.where(np.arange(200) == 7, 0, usual.labels), 2)
+    few = Guide(np.zeros(200, int), 1)  # an order without so many clusters does not count
     guides = [odd, nearly, usual, usual]
     assert medoid(guides, guides) is usual
     assert medoid(guides, [nearly]) is nearly
     assert medoid([odd], [odd]) is odd
     searched = []
 
-    def search(self, n_clusters, seed):
-        searched.append(seed)
-        return {None: odd}.get(seed, usual)
+    def search(self, n_clusters, seed, at, low, high, trials):
+        searched.append((seed, round(at, 2), round(low, 2), round(high, 2)))
+        return (-1.0, odd) if seed is None else (-2.0, few if seed == 6 else usual)
 
     monkeypatch.setattr(Communities, "_search", search)
     assert Communities(blobs[0], seed=4).with_clusters(2) is usual
-    assert searched == [None, *range(5, 14)]
+    assert searched[0] == (None, -0.69, -5.3, 2.3)  # all resolutions, from 0.5 on; then about that which was found
+    assert searched[1:] == [(seed, -1.0, -1.25, -0.75) for seed in range(5, 14)]
     assert Communities(blobs[0], seed=4).with_clusters(2, like=odd) is odd
+    assert Communities(blobs[0], seed=4).with_clusters(2, like=few) is odd  # all agree with it alike: the first
     monkeypatch.setattr("sccvae.train.guide.ORDERS_CELLS", 200)  # one order where there are many cells
     assert Communities(blobs[0], seed=4).with_clusters(2) is odd
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_CELLS = 60_000
 #: Resolutions searched for a number of clusters, and trials of the search.
 RESOLUTIONS, TRIALS = (0.005, 10.0), 14
+#: Another random order is searched about the resolution found, so far on a logarithmic scale, and fewer times.
+NEAR, NEAR_TRIALS = 0.25, 3
 #: Random orders that are tried at most, and cells of all of them together.
 MOST_ORDERS, ORDERS_CELLS = 10, 100_000
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
@@ -136,31 +138,33 @@ class Communities:
         Another random order may find others: of several, those most like a guide; or else most like the other ones.
         """
         orders = int(np.clip(ORDERS_CELLS // self.graph.vcount(), 1, MOST_ORDERS))
-        found = [self._search(n_clusters, None if i == 0 else self.seed + i) for i in range(orders)]
-        return medoid(found, found if like is None else [like])
+        at, found = self._search(n_clusters, None, np.log(0.5), *np.log(RESOLUTIONS), TRIALS)
+        guides = [found]
+        for seed in range(self.seed + 1, self.seed + orders):
+            near = (at - NEAR, at + NEAR)  # another order needs much the same resolution
+            guides.append(self._search(n_clusters, seed, at, *near, NEAR_TRIALS)[1])
+        guides = [guide for guide in guides if guide.n_clusters == found.n_clusters]
+        return medoid(guides, guides if like is None else [like])
 
-    def _search(self, n_clusters: int, seed: int | None) -> Guide:
-        tried = {np.log(resolution): guide for (resolution, s), guide in self._found.items() if s == seed}
-        more = {at: guide for at, guide in tried.items() if guide.n_clusters >= n_clusters}
-        high = min(more, default=np.log(RESOLUTIONS[1]))
-        low = max((at for at in tried if at < high), default=np.log(RESOLUTIONS[0]))
-        best = min(more.values(), key=lambda guide: guide.n_clusters, default=None)
-        if best is not None and best.n_clusters == n_clusters:
-            return best
-        at = (low + high) / 2 if tried else np.log(0.5)
-        for _ in range(TRIALS):
+    def _search(
+        self, n_clusters: int, seed: int | None, at: float, low: float, high: float, trials: int
+    ) -> tuple[float, Guide]:
+        """Halve an interval of log-resolutions, begun ``at`` one: the last looked at that serves, and its guide."""
+        best = None
+        for _ in range(trials):
             guide = self.at(float(np.exp(at)), seed)
-            if guide.n_clusters == n_clusters:
-                return guide
-            if guide.n_clusters > n_clusters:
+            if guide.n_clusters >= n_clusters:
                 high = at
-                best = guide if best is None or guide.n_clusters < best.n_clusters else best
+                if best is None or guide.n_clusters < best[1].n_clusters:
+                    best = at, guide
+                if guide.n_clusters == n_clusters:
+                    return best
             else:
                 low = at
             at = (low + high) / 2
         if best is None:
-            return guide  # the cells do not fall into that many
-        return self.merged(best, n_clusters)
+            return at, guide  # the cells do not fall into that many
+        return best[0], self.merged(best[1], n_clusters)
 
     def stable(self, resolutions: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)) -> Guide:
         """Communities at the resolution where another random order finds the same ones; among equals the finest."""
