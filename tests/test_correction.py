@@ -43,9 +43,9 @@ def test_transform_batch(name):
         decode([])
 
 
-@pytest.mark.parametrize("kind", ["memmap", "zarr", "h5py"])
+@pytest.mark.parametrize("kind", ["memmap", "zarr", "h5py", "fortran", "backward", ">f4", "float64"])
 @pytest.mark.parametrize("options", [{}, {"gene_list": ["g3", "g0"], "indices": [5, 2, 30]}], ids=["all", "some"])
-def test_expression_goes_to_disk(kind, options, tmp_path):
+def test_expression_goes_where_it_is_told(kind, options, tmp_path):
     model = trained("cvae-nb")
     options = options | {"transform_batch": "a", "library_size": 1e4}
     if "gene_list" in options:
@@ -55,6 +55,12 @@ def test_expression_goes_to_disk(kind, options, tmp_path):
         out = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, wanted.shape)
     elif kind == "zarr":
         out = zarr.create_array(tmp_path / "x.zarr", shape=wanted.shape, chunks=(20, 5), dtype="float32")
+    elif kind == "fortran":
+        out = np.empty(wanted.shape, np.float32, order="F")
+    elif kind == "backward":
+        out = np.empty(wanted.shape, np.float32)[::-1]
+    elif kind in (">f4", "float64"):
+        out = np.empty(wanted.shape, kind)
     else:
         out = h5py.File(tmp_path / "x.h5", "w").create_dataset("x", wanted.shape, "float32")
     assert model.get_normalized_expression(out=out, batch_size=7, **options) is out

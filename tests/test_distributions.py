@@ -369,6 +369,11 @@ def test_expression_is_proportions_times_library():
     built, h, size, batch = observation(Normal())
     p = built(h, size, batch)
     assert torch.equal(p.expression(), p.mean)
+    for family in (Normal(), Poisson()):
+        built, h, size, batch = observation(family)
+        p, out = built(h, size, batch), torch.empty(5, p.mean.shape[-1], dtype=torch.float32)
+        assert p.expression(1e4, out) is out
+        torch.testing.assert_close(out, p.expression(1e4).float())
 
 
 def test_heads_start_at_the_data():
@@ -540,6 +545,10 @@ def test_shares_are_a_softmax(factor, threads, monkeypatch):
     for got in (kernels.shares(scores, factor), kernels.shares(scores.clone().requires_grad_(), factor).detach()):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-12, equal_nan=True)
     assert torch.equal(scores.nan_to_num(), given.nan_to_num())
+    for out in (torch.empty(2, 7, 40), torch.empty(2, 7, 40).double(), torch.empty(2, 40, 7).mT):
+        got = kernels.shares(scores, factor, out)
+        assert (got is out) == (out.dtype == torch.float32 and out.is_contiguous())
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("parameter", [0, 1, 2])

@@ -222,9 +222,7 @@ def test_sample(variational):
 
 
 def test_sample_more_than_a_mini_batch(monkeypatch):
-    from sccvae.model import _sampling
-
-    monkeypatch.setattr(_sampling, "INFERENCE_BATCH", 10)
+    monkeypatch.setattr("sccvae.model._base.MOST", 10)
     cells = trained("cvae-nb").sample(33)
     assert cells.shape == (33, G)
     assert len(np.unique(cells.obsm["z"], axis=0)) == 33

@@ -342,7 +342,7 @@ def test_correct_to_a_file(suffix, tmp_path, monkeypatch, caplog):
     model = make(CVAE, adata)
     wanted = tl.correct(adata, model, reference="a", copy=True)
     other = on_disk(adata, "backed", tmp_path)
-    monkeypatch.setattr("sccvae.model._base.INFERENCE_BATCH", 10)
+    monkeypatch.setattr("sccvae.model._base.MOST", 10)
     out = tmp_path / f"corrected{suffix}"
     with caplog.at_level(logging.INFO, "sccvae"):
         tl.correct(other, model, reference="a", out=out)

@@ -44,10 +44,13 @@ class Observation(ABC):
     def sample(self) -> Tensor:
         """Draw x, (..., n, G), without gradient."""
 
-    def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
-        """Normalised expression, (..., n, G): proportions times ``library_size`` for counts, else the mean."""
+    def expression(self, library_size: Tensor | float = 1.0, out: Tensor | None = None) -> Tensor:
+        """Normalised expression, (..., n, G): proportions times ``library_size`` for counts, else the mean.
+
+        It is put into ``out``, of the same shape on any device, if that is given.
+        """
         del library_size
-        return self.mean
+        return self.mean if out is None else out.copy_(self.mean)
 
 
 class Likelihood(nn.Module, ABC):

@@ -67,11 +67,13 @@ class CountObservation(Observation):
         """Expected counts, (..., n, G)."""
         return self.log_mu.exp()
 
-    def expression(self, library_size: Tensor | float = 1.0) -> Tensor:
-        """Proportion of each gene times ``library_size`` (a number or (n, 1)), (..., n, G)."""
+    def expression(self, library_size: Tensor | float = 1.0, out: Tensor | None = None) -> Tensor:
+        """Proportion of each gene times ``library_size`` (a number or (n, 1)), (..., n, G), in ``out`` if given."""
         if self._scores is None or "log_scale" in vars(self):
-            return self.log_scale.exp() * library_size
-        return kernels.shares(self._scores, library_size)
+            shares = self.log_scale.exp() * library_size
+        else:
+            shares = kernels.shares(self._scores, library_size, out)
+        return shares if out is None or shares is out else out.copy_(shares)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log mass of x (n, G) in nats, summed over genes, (..., n)."""

@@ -38,8 +38,8 @@ from sccvae.train import TrainingResult, batch_effects, fit
 
 logger = logging.getLogger(__name__)
 
-#: Cells of a mini-batch when nothing is trained.
-INFERENCE_BATCH = 512
+#: Values of a mini-batch when nothing is trained, zeros among them: 8 MB; and how few and how many cells it may have.
+INFERENCE_VALUES, FEWEST, MOST = 2**21, 128, 4_096
 
 
 class BaseModel(SavingMixin, BaseModelClass, ABC):
@@ -349,9 +349,14 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
     def _batches(self, store: CellStore, rows: np.ndarray, batch_size: int | None = None) -> Iterator[Batch]:
         """:meth:`_stream` of rows (n,) of cells that were read already."""
         self.module.eval()
-        for chunk in ChunkLoader(store, rows, batch_size or INFERENCE_BATCH):
+        for chunk in ChunkLoader(store, rows, batch_size or inference_batch(store.n_features)):
             for tensors in chunk:
                 yield Batch.on(self.module.device, tensors)
+
+
+def inference_batch(n_features: int) -> int:
+    """Cells of a mini-batch when nothing is trained."""
+    return min(max(INFERENCE_VALUES // n_features, FEWEST), MOST)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from sccvae.data.out import InSparse, check_room, new_layers
-from sccvae.model._base import INFERENCE_BATCH
+from sccvae.model._base import inference_batch
 from sccvae.model._decoding import Change, DecodingMixin
 
 #: Sum of a cell's values in a layer, if nothing else is asked for: scanpy's usual target_sum.
@@ -222,7 +222,7 @@ class CorrectionMixin(DecodingMixin):
         if sparse_below is None:
             check_room(to, keys, out, dtype)
         if sd and batch_size is None:  # all draws of a mini-batch are held at once
-            batch_size = max(1, INFERENCE_BATCH // n_samples)
+            batch_size = max(1, inference_batch(len(self.schema.var_names)) // n_samples)
 
         def fill(layers: list[Any]) -> None:
             self._expression(

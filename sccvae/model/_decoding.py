@@ -115,6 +115,9 @@ class DecodingMixin:
             msg = f"out is {tuple(out.shape)} of {out.dtype}; it must be {shape} of float32 (or float64)."
             raise ValueError(msg)
         values = np.empty(shape, dtype=np.float32) if out is None else out
+        # Where nothing is summed, a mini-batch is put where it belongs as it is made.
+        plain = isinstance(values, np.ndarray) and values.dtype == np.float32 and values.flags.carray
+        once = plain and n_samples == len(changes) == 1 and columns is None and sd is None
         done = 0
         options = {"n_samples": None if n_samples == 1 else n_samples, "batch_size": batch_size}
         with evaluating(seed):
@@ -123,17 +126,19 @@ class DecodingMixin:
                 # One sum, or with sd one for each draw; the draws follow each other within a change.
                 sums: list[Any] = [None] * (1 if sd is None else n_samples)
                 several = 0
+                here = slice(done, done + len(batch))
+                into = torch.from_numpy(values[here]) if once else None
                 for p_x in observations:
-                    one = p_x.expression(size)
+                    one = p_x.expression(size, into)
                     one = one if columns is None else one[:, columns]
                     draw = several % len(sums)
                     sums[draw], several = one if sums[draw] is None else sums[draw] + one, several + 1
-                here = slice(done, done + len(batch))
                 if sd is not None:
                     draws = torch.stack(sums) / len(changes)  # (n_samples, n, genes)
                     sd[here] = draws.std(0).cpu().numpy()
                     sums = [draws.sum(0) * len(changes)]
-                values[here] = (sums[0] if several == 1 else sums[0] / several).cpu().numpy()
+                if not once:
+                    values[here] = (sums[0] if several == 1 else sums[0] / several).cpu().numpy()
                 done = here.stop
         if return_numpy or out is not None:
             return values

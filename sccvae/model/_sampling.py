@@ -11,7 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch.distributions import Normal
 
-from sccvae.model._base import INFERENCE_BATCH, evaluating
+from sccvae.model._base import evaluating, inference_batch
 from sccvae.module import Batch
 
 
@@ -69,7 +69,8 @@ class SamplingMixin:
         parts, latents = [], []
         counts = module.likelihood.support == "counts"
         with evaluating(seed):
-            for rows in np.array_split(np.arange(len(codes)), max(1, -(-len(codes) // INFERENCE_BATCH))):
+            n_parts = -(-len(codes) // inference_batch(len(schema.var_names)))
+            for rows in np.array_split(np.arange(len(codes)), max(1, n_parts)):
                 batch = self._empty_batch(codes[rows], library[rows])
                 z = self._prior_z(batch, rows, center=center)
                 p_x = module.generative({"z": z}, batch)
