@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from _models import FAST, TINY, make
 from _toys import toy_counts, toy_values
 from anndata import AnnData
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
@@ -27,7 +29,7 @@ from sccvae.distributions import ZINB, Bernoulli, NegativeBinomial, Normal, Pois
 from sccvae.model import AE, CVAE, GMVAE, VAE
 from sccvae.model._classes import against_classes, by_normals, calibrate, calibration_error, logistic, normals
 from sccvae.module import Batch, new_weights
-from sccvae.nn import new_columns, widen
+from sccvae.nn import ConditionedLinear, new_columns, widen
 
 EVERY_KIND = {
     "batch_key": "batch",
@@ -110,6 +112,36 @@ def test_the_new_weights_are_all_that_see_the_new_category(reference):
             if name in masks:
                 weight[masks[name].expand(weight.shape)] += 5.0
     assert (query.get_elbo(return_mean=False) != before).all()
+
+
+def test_a_condition_scales_by_hand():
+    torch.manual_seed(0)
+    layer = ConditionedLinear(4, 3, 2)
+    h, c = torch.randn(5, 4), torch.eye(2)[[0, 1, 1, 0, 1]]
+    before = layer(h, c)
+    layer.adapt()
+    assert torch.equal(layer(h, c), before)
+    with torch.no_grad():
+        layer.scale.weight[:, 1] = torch.tensor([0.7, -0.2, 0.0])
+    product = h @ layer.linear.weight + layer.linear.bias
+    shift = layer.condition.weight.T
+    torch.testing.assert_close(layer(h, c)[1], product[1] * torch.tensor([0.7, -0.2, 0.0]).exp() + shift[1])
+    assert torch.equal(layer(h, c)[[0, 3]], before[[0, 3]])
+    plain = ConditionedLinear(4, 3)
+    plain.adapt()
+    assert plain.scale is None
+
+
+def test_a_new_batch_scales_what_the_encoder_makes_of_the_genes(cvae):
+    query = cvae.load_query(query_of())
+    scale = query.module.encoder.body.linears[0].scale.weight
+    assert not scale.any()
+    query.train(**FAST)
+    assert scale[:, -1].any()
+    assert not scale[:, :-1].any()
+    assert cvae.module.encoder.body.linears[0].scale is None
+    blind = make(CVAE, toy_counts(), encode_condition=False).load_query(query_of())
+    assert blind.module.encoder.body.linears[0].scale is None
 
 
 def test_unfrozen_everything_moves(cvae):
@@ -325,6 +357,27 @@ def test_a_query_model_comes_back(cvae, tmp_path):
     again.train(**FAST)
     assert again.schema.categories["batch"].tolist() == ["a", "b", "new", "newer"]
     assert np.array_equal(again.get_latent_representation(cells), found)
+
+
+def test_a_query_that_an_earlier_version_saved(cvae, tmp_path):
+    """Its new batch shifts, and does not scale."""
+    cells = query_of()
+    query = cvae.load_query(cells)
+    query.train(**FAST)
+    query.save(tmp_path / "query")
+    content = json.loads((tmp_path / "query/model.json").read_text())
+    assert content["reference"]["mapping"].pop("adapted")
+    (tmp_path / "query/model.json").write_text(json.dumps(content))
+    weights = load_file(tmp_path / "query/weights.safetensors")
+    del weights["encoder.body.linears.0.scale.weight"]
+    save_file(weights, tmp_path / "query/weights.safetensors")
+    with torch.no_grad():
+        query.module.encoder.body.linears[0].scale.weight.zero_()
+    loaded = models.load(tmp_path / "query")
+    np.testing.assert_array_equal(loaded.get_latent_representation(cells), query.get_latent_representation())
+    newer = loaded.load_query(query_of(20, batch="newer"))
+    newer.is_trained = True
+    np.testing.assert_allclose(newer.get_latent_representation(cells), query.get_latent_representation(), atol=1e-5)
 
 
 def test_a_folder_alone_maps_in_a_new_process(planted_reference, tmp_path):

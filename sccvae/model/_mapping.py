@@ -21,7 +21,7 @@ from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import TransferMixin
-from sccvae.module import Batch, anchored, grow, new_weights, only_new
+from sccvae.module import Batch, adapt, anchored, grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,14 @@ class MappingMixin(TransferMixin):
         _extend(registry, new)
         query = type(self)(registry=registry, seed=self.seed, **self.settings)
         known = self.schema.n_categories
+        adapt(query.module)
         query.module.load_state_dict(grow(query.module, self.module.state_dict(), known))
         query.module.to(self.module.device).eval()
         query.reference = dict(self.reference)
         query.reference["mapping"] = {
             "n_known": list(known),
             "freeze": bool(freeze),
+            "adapted": True,
             "new_categories": {key: [str(v) for v in values] for key, values in new.items()},
             "n_cells": int(adata.n_obs),
             "missing_genes": [str(g) for g in self.schema.var_names[~present]],
@@ -150,7 +152,7 @@ class MappingMixin(TransferMixin):
         if not self.is_query:
             msg = "This model was not made by load_query, so there is no query to report on."
             raise ValueError(msg)
-        return {k: v for k, v in self.reference["mapping"].items() if k not in ("n_known", "freeze")}
+        return {k: v for k, v in self.reference["mapping"].items() if k not in ("n_known", "freeze", "adapted")}
 
     @wraps(BaseModel.train)
     def train(self, max_epochs: int | None = None, **options: Any) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sccvae import __version__
 from sccvae.data import read_cells
 from sccvae.model._card import model_card
+from sccvae.module import adapt
 
 JSON_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "weights.safetensors", "README.md"
 #: In format 1 the weights of :class:`sccvae.nn.Linear`, which end so, lay by output.
@@ -129,6 +130,8 @@ class SavingMixin:
             weights = load_file(folder / WEIGHTS_FILE)
             if content["format"] == BY_OUTPUT:
                 weights = {k: v.T if k.endswith(TURNED) else v for k, v in weights.items()}
+            if content["reference"].get("mapping", {}).get("adapted"):  # not in queries of earlier versions
+                adapt(model.module)
             model.module.load_state_dict(weights)
         except (SafetensorError, RuntimeError) as error:
             msg = f"{folder / WEIGHTS_FILE} is damaged or does not belong to {JSON_FILE}: {error}"

@@ -3,7 +3,7 @@
 from sccvae.module._base import Batch, GenerativeModule, LatentVariableModule
 from sccvae.module._batches import anchored
 from sccvae.module._factorization import Factor, Factorization
-from sccvae.module._growing import grow, new_weights, only_new
+from sccvae.module._growing import adapt, grow, new_weights, only_new
 from sccvae.module.ae import AE
 from sccvae.module.cvae import CVAE
 from sccvae.module.gmvae import GMVAE
@@ -21,6 +21,7 @@ __all__ = [
     "Factorization",
     "GenerativeModule",
     "LatentVariableModule",
+    "adapt",
     "anchored",
     "grow",
     "new_weights",

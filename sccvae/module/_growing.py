@@ -21,6 +21,31 @@ def _weights_on_c(module: GenerativeModule) -> list[str]:
     ]
 
 
+def adapt(module: GenerativeModule) -> None:
+    """Let new categories scale what the encoder makes of the genes, besides shifting it.
+
+    A shift alone leaves a query apart (pancreas: kBET 0.78, joint training 0.97): another protocol reads genes that a
+    hidden unit takes together less well, or better. For known categories nothing changes.
+
+    Parameters
+    ----------
+    module
+        The module; one whose encoder does not know the conditions stays as it is.
+    """
+    first = next((layer for layer in module.encoder.modules() if isinstance(layer, ConditionedLinear)), None)
+    if first is not None:
+        first.adapt()
+
+
+def _scales(module: GenerativeModule) -> list[str]:
+    """Names of the weights (n_out, C) that scale what c belongs to."""
+    return [
+        f"{name}.scale.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, ConditionedLinear) and layer.scale is not None
+    ]
+
+
 def _first_weights(module: GenerativeModule) -> list[str]:
     """Names of the weights (C, n_out) of the networks of c alone."""
     nets = [name for name in module.nets_of_c if getattr(module, name) is not None]
@@ -47,7 +72,7 @@ def grow(module: GenerativeModule, state: Mapping[str, Tensor], known: Sequence[
     Returns
     -------
     Weights and buffers for ``module.load_state_dict``. Those of known categories are the same bits, so cells of known
-    categories keep their outputs; those of a new category start at the mean over the known ones.
+    categories keep their outputs; those of a new category start at the mean over the known ones, scales at zero.
     """
     grown = dict(state)
     if not hasattr(module, "conditions"):
@@ -55,6 +80,10 @@ def grow(module: GenerativeModule, state: Mapping[str, Tensor], known: Sequence[
     wanted = module.conditions.n_categories
     for name in _weights_on_c(module):
         grown[name] = widen(state[name], known, wanted)
+    for name in _scales(module):
+        grown[name] = torch.zeros_like(module.get_parameter(name))
+        if name in state:
+            grown[name][:, ~new_columns(known, wanted, len(module.conditions.center))] = state[name]
     for name in _first_weights(module):
         grown[name] = widen(state[name].T, known, wanted).T.contiguous()
     for name in _batchwise(module):
@@ -81,7 +110,9 @@ def new_weights(module: GenerativeModule, known: Sequence[int]) -> dict[str, Ten
         return {}
     wanted, n_continuous = conditions.n_categories, len(conditions.center)
     new = new_columns(known, wanted, n_continuous)
-    masks = dict.fromkeys(_weights_on_c(module), new) | dict.fromkeys(_first_weights(module), new[:, None])
+    masks = dict.fromkeys(_weights_on_c(module) + _scales(module), new) | dict.fromkeys(
+        _first_weights(module), new[:, None]
+    )
     if tuple(known[:1]) != tuple(wanted[:1]):
         masks |= dict.fromkeys(_batchwise(module), new_columns(known[:1], wanted[:1])[:, None])
     return masks

@@ -168,14 +168,29 @@ class ConditionedLinear(nn.Module):
         Widths of h and y.
     n_cond
         Width of c; with 0 this is a plain linear layer.
+
+    Attributes
+    ----------
+    scale
+        None, or after :meth:`adapt` weights S: y = exp(S c) (W h + b) + V c.
     """
 
     def __init__(self, n_in: int, n_out: int, n_cond: int = 0) -> None:
         super().__init__()
         self.linear = Linear(n_in, n_out)
         self.condition = nn.Linear(n_cond, n_out, bias=False) if n_cond else None
+        self.scale: nn.Linear | None = None
+
+    def adapt(self) -> None:
+        """Let conditions, if there are any, scale the outputs too; as long as S is zero, as here, they do not."""
+        if self.condition is not None:
+            n_out, n_cond = self.condition.weight.shape
+            self.scale = nn.Linear(n_cond, n_out, bias=False, device=self.condition.weight.device)
+            nn.init.zeros_(self.scale.weight)
 
     def forward(self, h: Tensor | SparseRows, c: Tensor | None = None) -> Tensor:
         """Map h (..., n, n_in) and c (n, n_cond) to (..., n, n_out)."""
         y = self.linear(h)
+        if self.scale is not None:
+            y = y * linear(c, self.scale.weight).exp()
         return y if self.condition is None else y + linear(c, self.condition.weight)
