@@ -125,7 +125,7 @@ def test_a_condition_scales_by_hand():
         layer.scale.weight[:, 1] = torch.tensor([0.7, -0.2, 0.0])
     product = h @ layer.linear.weight + layer.linear.bias
     shift = layer.condition.weight.T
-    torch.testing.assert_close(layer(h, c)[1], product[1] * torch.tensor([0.7, -0.2, 0.0]).exp() + shift[1])
+    torch.testing.assert_close(layer(h, c)[1], product[1] * torch.tensor([0.21, -0.06, 0.0]).exp() + shift[1])
     assert torch.equal(layer(h, c)[[0, 3]], before[[0, 3]])
     plain = ConditionedLinear(4, 3)
     plain.adapt()
