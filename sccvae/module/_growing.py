@@ -24,8 +24,8 @@ def _weights_on_c(module: GenerativeModule) -> list[str]:
 def adapt(module: GenerativeModule) -> None:
     """Let new categories scale what the encoder makes of the genes, besides shifting it.
 
-    A shift alone leaves a query apart (pancreas: kBET 0.78, joint training 0.97): another protocol reads genes that a
-    hidden unit takes together less well, or better. For known categories nothing changes.
+    Another protocol or treatment changes how strongly the genes speak that a hidden unit adds up, which no shift makes
+    good (treated cells on untreated ones: scib total 0.689, 0.655 without). For known categories nothing changes.
 
     Parameters
     ----------
@@ -81,9 +81,9 @@ def grow(module: GenerativeModule, state: Mapping[str, Tensor], known: Sequence[
     for name in _weights_on_c(module):
         grown[name] = widen(state[name], known, wanted)
     for name in _scales(module):
-        grown[name] = torch.zeros_like(module.get_parameter(name))
+        grown[name] = torch.zeros(module.get_parameter(name).shape)
         if name in state:
-            grown[name][:, ~new_columns(known, wanted, len(module.conditions.center))] = state[name]
+            grown[name][:, ~new_columns(known, wanted, len(module.conditions.center))] = state[name].cpu()
     for name in _first_weights(module):
         grown[name] = widen(state[name].T, known, wanted).T.contiguous()
     for name in _batchwise(module):
@@ -110,9 +110,8 @@ def new_weights(module: GenerativeModule, known: Sequence[int]) -> dict[str, Ten
         return {}
     wanted, n_continuous = conditions.n_categories, len(conditions.center)
     new = new_columns(known, wanted, n_continuous)
-    masks = dict.fromkeys(_weights_on_c(module) + _scales(module), new) | dict.fromkeys(
-        _first_weights(module), new[:, None]
-    )
+    masks = dict.fromkeys(_weights_on_c(module) + _scales(module), new)
+    masks |= dict.fromkeys(_first_weights(module), new[:, None])
     if tuple(known[:1]) != tuple(wanted[:1]):
         masks |= dict.fromkeys(_batchwise(module), new_columns(known[:1], wanted[:1])[:, None])
     return masks
