@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -424,8 +425,33 @@ def test_batch_size_must_be_positive(batch_size):
         ChunkLoader(numbered_store(5), np.arange(5), batch_size)
 
 
-def test_gathered_tensors_do_not_share_memory_with_the_data():
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+@pytest.mark.parametrize("rows", [np.arange(5), np.arange(3, 8), np.array([4]), np.array([5, 3, 4]), np.array([2, 2])])
+def test_gathered_values_are_those_of_the_rows_and_not_shared(form, rows):
     values = toy_values()
-    gathered = CellStore(read_cells(values, schema_of(values))).gather(np.arange(5))
-    gathered["x"].zero_()
-    assert values.X[:5].any()
+    values.X = form(values.X)
+    before = np.asarray(values[rows].X.todense() if form is sparse.csr_matrix else values[rows].X)
+    gathered = CellStore(read_cells(values, schema_of(values))).gather(rows)
+    assert (_rows.dense(gathered["x"]).numpy() == before).all()
+    (gathered["x"].values if form is sparse.csr_matrix else gathered["x"]).zero_()
+    for name in ("codes", "covariates", "library"):
+        gathered[name].zero_()
+    after = CellStore(read_cells(values, schema_of(values))).gather(rows)
+    assert before.any()
+    assert (_rows.dense(after["x"]).numpy() == before).all()
+    assert (after["library"] > 0).all()
+
+
+def test_cells_that_cannot_be_written_to_are_gathered():
+    cells = numbered_store(10).cells  # a warning of torch would fail
+    for array in (cells.x.data, cells.x.indices, cells.x.indptr):
+        array.flags.writeable = False
+    assert _rows.dense(CellStore(cells).gather(np.arange(2, 5))["x"])[:, 0].tolist() == [2, 3, 4]
+
+
+def test_means_of_genes():
+    x = sparse.random(50, 7, density=0.3, format="csr", dtype=np.float32, random_state=0)
+    cells = Cells(x, *(np.zeros((50, 1), t) for t in (np.int64, np.float32, np.float32)))
+    assert np.allclose(cells.gene_means, x.toarray().mean(0))
+    assert np.allclose(replace(cells, x=x.toarray()).gene_means, x.toarray().mean(0))
+    assert (replace(cells, x=x[:0]).gene_means == 0).all()

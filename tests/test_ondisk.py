@@ -121,7 +121,7 @@ def test_values_that_cannot_be_modelled_are_refused_alike(tmp_path, small_blocks
 def test_the_file_is_looked_at_once(tmp_path, monkeypatch):
     other = on_disk(toy_counts(), "backed", tmp_path)
     looks = []
-    monkeypatch.setattr("sccvae.data.ondisk.survey", lambda *args: looks.append(args) or survey(*args))
+    monkeypatch.setattr("sccvae.data.ondisk.survey", lambda *args, **more: looks.append(args) or survey(*args, **more))
     model = make(VAE, other, train=False, setup={})
     model.train(**FAST, data="disk")
     model.get_latent_representation()

@@ -99,17 +99,17 @@ class Survey:
     totals
         Sum of each cell, (n,) float32.
     mean
-        Mean of each gene, (G,) float32.
+        Mean of each gene, (G,) float32; None if it was not asked for.
     """
 
     smallest: float
     largest: float
     fractional: float | None
     totals: np.ndarray
-    mean: np.ndarray
+    mean: np.ndarray | None = None
 
 
-def survey(x: Any, where: str) -> Survey:
+def survey(x: Any, where: str, *, means: bool = False) -> Survey:
     """Look at all values of a matrix, a block of rows at a time.
 
     Parameters
@@ -118,6 +118,8 @@ def survey(x: Any, where: str) -> Survey:
         (n, G) float32: CSR, dense, or on disk (:class:`sccvae.data.DiskMatrix`).
     where
         How to name it in a message.
+    means
+        Find the means of genes too.
 
     Returns
     -------
@@ -129,32 +131,42 @@ def survey(x: Any, where: str) -> Survey:
         If values are NaN or infinite.
     """
     n, n_genes = x.shape
-    found = Survey(np.inf, -np.inf, None, np.empty(n, np.float32), np.zeros(n_genes))
+    found, sums = Survey(np.inf, -np.inf, None, np.empty(n, np.float32)), np.zeros(n_genes)
     n_bad, first_bad = 0, n
     for start, block in _blocks(x):
-        is_sparse = sparse.issparse(block)
-        values = block.data if is_sparse else block
+        values = block.data if sparse.issparse(block) else block
         if not values.size:
             found.totals[start : start + block.shape[0]] = 0
             continue
-        bad = _not_finite(block)
-        if len(bad):
+        smallest, largest = float(values.min()), float(values.max())
+        if not np.isfinite([smallest, largest]).all():  # NaN, if there is one
+            bad = _not_finite(block)
             n_bad, first_bad = n_bad + len(bad), min(first_bad, start + int(bad[0]))
-        found.smallest = min(found.smallest, float(values.min()))
-        found.largest = max(found.largest, float(values.max()))
+        found.smallest, found.largest = min(found.smallest, smallest), max(found.largest, largest)
         if found.fractional is None:
             whole = values == np.floor(values)
             if not whole.all():
                 found.fractional = float(values[~whole][0])
         with np.errstate(invalid="ignore", over="ignore"):  # refused below
             found.totals[start : start + block.shape[0]] = np.asarray(block.sum(1)).reshape(-1)
-            # In float64, so that the sizes of the blocks make no difference.
-            found.mean += block.T @ np.ones(block.shape[0]) if is_sparse else block.sum(0, dtype=np.float64)
+            sums += _sums(block) if means else 0
     if n_bad:
         msg = f"{where} holds NaN or infinite values in {n_bad} cells (first: row {first_bad}); remove or replace them."
         raise ValueError(msg)
-    found.mean = (found.mean / max(n, 1)).astype(np.float32)
+    if means:
+        found.mean = (sums / max(n, 1)).astype(np.float32)
     return found
+
+
+def gene_means(x: Any) -> np.ndarray:
+    """Mean of each gene, (G,) float32, of a matrix as :func:`survey` takes it."""
+    sums = sum((_sums(block) for _, block in _blocks(x)), np.zeros(x.shape[1]))
+    return (sums / max(x.shape[0], 1)).astype(np.float32)
+
+
+def _sums(block: np.ndarray | sparse.csr_matrix) -> np.ndarray:
+    """Sum of each gene, (G,), in float64, so that the sizes of the blocks make no difference."""
+    return block.T @ np.ones(block.shape[0]) if sparse.issparse(block) else block.sum(0, dtype=np.float64)
 
 
 def _blocks(x: Any) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
@@ -168,9 +180,5 @@ def _blocks(x: Any) -> Iterator[tuple[int, np.ndarray | sparse.csr_matrix]]:
 
 def _not_finite(x: np.ndarray | sparse.csr_matrix) -> np.ndarray:
     """Rows with values that are NaN or infinite."""
-    values = x.data if sparse.issparse(x) else x
-    # A sum is finite exactly if all values are, short of overflow; only then is each value looked at.
-    with np.errstate(invalid="ignore"):
-        if np.isfinite(values.sum(dtype=np.float64)):
-            return np.array([], int)
-    return np.unique(x.tocoo().row[~np.isfinite(values)] if sparse.issparse(x) else np.nonzero(~np.isfinite(values))[0])
+    bad = ~np.isfinite(x.data if sparse.issparse(x) else x)
+    return np.unique(x.tocoo().row[bad] if sparse.issparse(x) else np.nonzero(bad)[0])

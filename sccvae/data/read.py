@@ -11,7 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from sccvae.data.fields import Schema, numeric_column
-from sccvae.data.matrix import Survey, as_matrix, gene_columns, survey, take_columns
+from sccvae.data.matrix import Survey, as_matrix, gene_columns, gene_means, survey, take_columns
 from sccvae.data.ondisk import DiskMatrix, stays_on_disk
 
 
@@ -41,6 +41,12 @@ class Cells:
 
     def __len__(self) -> int:
         return self.x.shape[0]
+
+    @property
+    def gene_means(self) -> np.ndarray:
+        """Mean of each gene, (G,) float32."""
+        known = self.survey.mean if self.survey else None
+        return gene_means(self.x) if known is None else known
 
 
 def read_cells(

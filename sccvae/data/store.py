@@ -11,6 +11,7 @@ from scipy import sparse
 from torch import Tensor, distributed
 
 from sccvae._rows import SparseRows
+from sccvae.data.ondisk import DiskMatrix
 from sccvae.data.read import Cells
 
 #: Most values of x, zeros among them, held by a loader at a time: 2^24 float32 are 64 MB where x is dense.
@@ -47,10 +48,10 @@ class CellStore:
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor | SparseRows]:
         """Rows on the CPU: ``x`` (n, G), sparse or dense, ``codes``, ``covariates``, ``library``, any ``labels``."""
-        x = self.cells.x[rows]
+        x = _some(self.cells.x, rows)
         more = {} if self.labels is None else {"labels": torch.from_numpy(self.labels[rows])}
         return more | {
-            "x": _rows(x) if sparse.issparse(x) else torch.from_numpy(x),
+            "x": x if isinstance(x, SparseRows) else torch.from_numpy(x),
             "codes": torch.from_numpy(self.cells.codes[rows]),
             "covariates": torch.from_numpy(self.cells.covariates[rows]),
             "library": torch.from_numpy(self.cells.library[rows]),
@@ -116,9 +117,21 @@ class ChunkLoader:
             yield mini_batches(self.store.gather(np.concatenate(part)), [len(b) for b in part])
 
 
-def _rows(x: sparse.csr_matrix) -> SparseRows:
-    parts = x.indptr.astype(np.int64), x.indices.astype(np.int32, copy=False), x.data
-    return SparseRows(*(torch.from_numpy(part) for part in parts), x.shape[1])
+def _some(x: np.ndarray | sparse.csr_matrix | DiskMatrix, rows: np.ndarray) -> np.ndarray | SparseRows:
+    """Rows of a matrix, values copied; in a fifth of scipy's time where they follow each other in memory."""
+    in_order = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
+    if in_order and not isinstance(x, DiskMatrix) and sparse.issparse(x):
+        starts = x.indptr[rows[0] : rows[-1] + 2]
+        within = slice(starts[0], starts[-1])
+        columns = np.require(x.indices[within], requirements="W")  # torch warns of what cannot be written to
+        return _sparse(starts - starts[0], columns, x.data[within].copy(), x.shape[1])
+    x = x[rows]
+    return _sparse(x.indptr, x.indices, x.data, x.shape[1]) if sparse.issparse(x) else x
+
+
+def _sparse(starts: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns: int) -> SparseRows:
+    parts = starts.astype(np.int64), columns.astype(np.int32, copy=False), values
+    return SparseRows(*(torch.from_numpy(part) for part in parts), n_columns)
 
 
 def mini_batches(tensors: dict[str, Tensor | SparseRows], sizes: list[int]) -> list[dict[str, Tensor | SparseRows]]:

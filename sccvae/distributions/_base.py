@@ -70,11 +70,14 @@ class Likelihood(nn.Module, ABC):
         ``"counts"`` (integers >= 0), ``"unit"`` (values in [0, 1]) or ``"real"``; the model checks the data against it.
     zero_stays_zero
         Whether :meth:`encoder_input` works value by value and leaves zero at zero: it may then be given those values
-        alone that are not zero, (nnz,), with the library size of the cell of each, (nnz,).
+        alone that are not zero, (nnz,), with the library size of the cell of each, (nnz,), if it ``reads_library``.
+    reads_library
+        Whether :meth:`encoder_input` of such values needs the library size.
     """
 
     support: ClassVar[Literal["counts", "unit", "real"]]
     zero_stays_zero: ClassVar[bool] = False
+    reads_library: bool = True
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

@@ -151,7 +151,7 @@ class ZINBObservation(NBObservation):
 class _CountLikelihood(Likelihood):
     """Heads shared by the count families: a softmax over genes."""
 
-    support, zero_stays_zero = "counts", True
+    support, zero_stays_zero, reads_library = "counts", True, False
 
     def build(self, n_in: int, n_features: int, n_batch: int | None = None) -> Self:
         self.scale_head = nn.Linear(n_in, n_features)
@@ -241,6 +241,11 @@ class NegativeBinomial(_CountLikelihood):
     def encoder_input(self, x: Tensor, library: Tensor | None = None) -> Tensor:
         """log(1 + x), or with ``depth_free`` log(1 + x depth / library), (n, G)."""
         return _log1p(x * (self.depth / library) if self.settings["depth_free"] else x)
+
+    @property
+    def reads_library(self) -> bool:
+        """With ``depth_free`` the encoder does."""
+        return self.settings["depth_free"]
 
     @property
     def batchwise(self) -> tuple[str, ...]:

@@ -292,7 +292,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         }
         if "image_shape" in self.adata.uns:
             self.reference["image_shape"] = [int(n) for n in self.adata.uns["image_shape"]]
-        mean = cells.survey.mean
+        mean = cells.gene_means
         if self.module.likelihood.support == "counts":
             if not mean.any():
                 where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"

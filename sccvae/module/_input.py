@@ -25,7 +25,7 @@ def encoder_input(likelihood: Likelihood, batch: Batch) -> Tensor | SparseRows:
     maker, made = batch.read
     if maker is not likelihood:
         if likelihood.zero_stays_zero and batch.entries is not None:
-            made = batch.entries.map(likelihood.encoder_input, batch.library)
+            made = batch.entries.map(likelihood.encoder_input, *([batch.library] if likelihood.reads_library else []))
         else:
             made = likelihood.encoder_input(batch.dense, batch.library)
         batch.read = likelihood, made
