@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 
+from benchmarks.derived import DERIVED
 from benchmarks.results import write_section
 from benchmarks.sets import MULTI_BATCH, MULTI_STUDY, CellSet, load
 
 N_PCS = 30
-SETS = [*MULTI_BATCH, *MULTI_STUDY]
+SETS = [*MULTI_BATCH, *MULTI_STUDY, *DERIVED]
 KEPT = """One cell type is left in one batch only, on purpose. Purity: share of the same type among the 15 nearest other
 cells, in 30 principal components (before) and in the embedding (after)."""
 
@@ -194,7 +195,10 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=[c.name for c in SETS])
+    usual = [c.name for c in SETS if c not in DERIVED]
+    parser.add_argument(
+        "--data", nargs="+", default=usual, choices=[c.name for c in SETS], help="those of derived.py too"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings of the peers between runs")

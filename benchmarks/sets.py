@@ -83,7 +83,12 @@ def load(cells: CellSet) -> ad.AnnData:
 
     ``layers["logged"]`` holds log-normalised counts (to 10,000 over all genes), for PCA.
     """
-    adata = _studies(cells) if cells.name in STUDIES else ad.read_h5ad(data_dir() / f"{cells.name}.h5ad")
+    from benchmarks.derived import DERIVED  # which stands on this file
+
+    if cells in DERIVED:
+        adata = DERIVED[cells]()
+    else:
+        adata = studies(STUDIES[cells.name], cells.batch_key) if cells.name in STUDIES else read(cells.name)
     adata.X = adata.X.astype(np.float32)
     adata.obs = adata.obs[[k for k in (cells.batch_key, cells.label_key) if k]].astype(str).astype("category")
     sc.pp.filter_genes(adata, min_cells=3)
@@ -97,13 +102,18 @@ def load(cells: CellSet) -> ad.AnnData:
     return adata
 
 
-def _studies(cells: CellSet) -> ad.AnnData:
-    """Raw counts of several studies, at most 4,000 cells of each."""
+def read(name: str) -> ad.AnnData:
+    """A set as its file has it: raw counts in X, types in ``obs["cell_type"]``."""
+    return ad.read_h5ad(data_dir() / f"{name}.h5ad")
+
+
+def studies(names: tuple[str, ...], key: str = "batch") -> ad.AnnData:
+    """Raw counts of several studies, at most 4,000 cells of each, with coarse types; ``key`` names the study."""
     rng, parts = np.random.default_rng(0), {}
-    for name in STUDIES[cells.name]:
-        part = ad.read_h5ad(data_dir() / f"{name}.h5ad")
+    for name in names:
+        part = read(name)
         kept = np.sort(rng.permutation(part.n_obs)[:STUDY_CELLS])
         types = [next(t for start, t in COARSE.items() if n.startswith(start)) for n in part.obs["cell_type"]]
-        obs = pd.DataFrame({cells.label_key: types}, index=part.obs_names)
+        obs = pd.DataFrame({"cell_type": types}, index=part.obs_names)
         parts[name] = ad.AnnData(part.X, obs, pd.DataFrame(index=part.var_names))[kept]
-    return ad.concat(parts, label=cells.batch_key, index_unique="-")
+    return ad.concat(parts, label=key, index_unique="-")
