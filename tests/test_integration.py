@@ -102,6 +102,8 @@ def test_bad_input_is_named():
         metrics.integration({}, batch, labels, unintegrated=before)
     with pytest.raises(ValueError, match="All cells have the same batch, a"):
         metrics.integration({"z": after}, ["a"] * 200, labels, unintegrated=before)
+    with pytest.raises(ValueError, match=r"No label has cells in two batches.*overcorrection"):
+        metrics.integration({"z": after}, [f"batch of {label}" for label in labels], labels, unintegrated=before)
     with pytest.raises(ValueError, match="labels has 1 missing"):
         metrics.overcorrection(after, batch, [None, *labels[1:]], unintegrated=before)
 

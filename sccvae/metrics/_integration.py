@@ -49,8 +49,8 @@ def integration(
     ImportError
         If scib-metrics is not installed.
     ValueError
-        If there is no embedding, lengths do not match, values are not finite, batches or labels are missing, or there
-        are fewer than two of either.
+        If there is no embedding, lengths do not match, values are not finite, batches or labels are missing, there
+        are fewer than two of either, or no label has cells in two batches.
 
     References
     ----------
@@ -61,15 +61,22 @@ def integration(
         if len(np.unique(values)) < 2:
             msg = f"All cells have the same {name}, {values[0]}: scores of an integration need two or more."
             raise ValueError(msg)
+    import pandas as pd
+
+    obs = pd.DataFrame({"batch": batches, "label": types}, dtype="category")
+    if obs.groupby("label", observed=True)["batch"].nunique().max() < 2:
+        msg = (
+            "No label has cells in two batches, so nothing tells a batch from a type, and batch correction cannot be "
+            "scored; sccvae.metrics.overcorrection shows whether each type is still apart."
+        )
+        raise ValueError(msg)
     try:
         from scib_metrics.benchmark import BatchCorrection, Benchmarker, BioConservation
     except ImportError as error:
         msg = f"Scores of an integration need scib-metrics ({error.name} is missing): `pip install 'sccvae[bench]'`."
         raise ImportError(msg) from error
-    import pandas as pd
     from anndata import AnnData
 
-    obs = pd.DataFrame({"batch": batches, "label": types}, dtype="category")
     obs.index = obs.index.astype(str)
     unnamed = ""  # no user's embedding has this name
     adata = AnnData(np.zeros((len(obs), 1), np.float32), obs=obs, obsm=spaces[0] | {unnamed: spaces[1]})
