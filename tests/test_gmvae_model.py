@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from scipy.stats import multivariate_normal
 
 from sccvae import datasets, metrics
@@ -311,13 +312,22 @@ def test_saved_and_loaded_it_is_the_same(gmvae, taught, tmp_path):
 
 
 def test_the_number_that_training_chose_is_kept(tmp_path):
-    adata = make_cells(6)
-    model = make(adata, max_epochs=3)
+    model = make(make_cells(20), max_epochs=30)
     assert model.settings["n_components"] == model.n_components > 1
     model.save(tmp_path / "m")
-    back = GMVAE.load(tmp_path / "m", make_cells(6))
+    back = GMVAE.load(tmp_path / "m", make_cells(20))
     assert back.n_components == model.n_components
     np.testing.assert_array_equal(back.predict_proba(), model.predict_proba())
+
+
+def test_cells_of_one_kind_are_one_cluster(caplog):
+    rng = np.random.default_rng(0)
+    adata = AnnData(rng.poisson(3.0, (300, 20)).astype(np.float32))
+    model = make(adata, setup={}, max_epochs=10, likelihood="nb")
+    assert model.n_components == 1
+    assert "All cells are one cluster: no valley parts them." in caplog.text
+    assert set(model.predict()) == {"0"}
+    np.testing.assert_allclose(model.predict_proba(), 1)
 
 
 class StopAt:

@@ -95,12 +95,39 @@ def test_fewer_clusters_than_wanted_where_there_are_no_more(blobs):
     assert 5 < guide.n_clusters <= 40
 
 
-@pytest.mark.parametrize("sizes", [SIZES, [40] * 6, [30] * 8])
-def test_stable_finds_the_number_of_blobs(sizes):
+@pytest.mark.parametrize("sizes", [SIZES, [40] * 6, [30] * 8, [900, 20, 20], [600]])
+def test_the_number_of_blobs_is_found(sizes):
+    """Leiden alone parts the large ones."""
     z, labels = make_blobs(sizes)
-    guide = Communities(neighbor_graph(z)).stable()
+    guide = Communities(neighbor_graph(z), z=z).separate()
     assert guide.n_clusters == len(sizes)
-    assert adjusted_rand_score(labels, guide.labels) == 1
+    assert adjusted_rand_score(labels, guide.labels) > 0.99
+    if sizes[0] > 100:
+        assert Communities(neighbor_graph(z)).separate().n_clusters > len(sizes)
+
+
+def test_one_normal_is_one_cluster():
+    """Of few cells valleys are seen by chance."""
+    for n, most in [(100, 2), (500, 1), (2000, 1)]:
+        z = np.random.default_rng(n).normal(size=(n, 10))
+        assert 1 <= Communities(neighbor_graph(z), z=z).separate().n_clusters <= most
+
+
+def test_so_many_clusters_that_valleys_part():
+    """At the resolution that gives three communities Leiden parts the large blob and joins the small ones."""
+    z, labels = make_blobs([900, 40, 40], distance=7)
+    graph = neighbor_graph(z)
+    plain, guide = Communities(graph).with_clusters(3), Communities(graph, z=z).with_clusters(3)
+    assert plain.n_clusters == guide.n_clusters == 3
+    assert adjusted_rand_score(labels, guide.labels) > 0.99
+    assert Communities(graph, z=z).with_clusters(6).n_clusters == 6  # more than valleys part: by Leiden alone
+
+
+def test_united_communities_come_by_size():
+    z, labels = make_blobs([200, 900], distance=9)
+    guide = Communities(neighbor_graph(z), z=z).apart(2.0)
+    assert guide.n_clusters == 2
+    assert np.mean(guide.labels == 1 - labels) > 0.99
 
 
 def test_same_seed_same_communities_and_random_state_left_alone(blobs):
@@ -129,13 +156,13 @@ def test_of_several_orders_the_one_that_most_agree_with(blobs, monkeypatch):
     assert medoid([odd], [odd]) is odd
     searched = []
 
-    def search(self, n_clusters, seed, at, low, high, trials):
+    def search(self, find, n_clusters, seed, at, low, high, trials):
         searched.append((seed, round(at, 2), round(low, 2), round(high, 2)))
-        return (-1.0, odd) if seed is None else (-2.0, few if seed == 6 else usual)
+        return (-1.0, odd) if seed == 4 else (-2.0, few if seed == 6 else usual)
 
     monkeypatch.setattr(Communities, "_search", search)
     assert Communities(blobs[0], seed=4).with_clusters(2) is usual
-    assert searched[0] == (None, -0.69, -5.3, 2.3)  # all resolutions, from 0.5 on; then about that which was found
+    assert searched[0] == (4, -0.69, -5.3, 2.3)  # all resolutions, from 0.5 on; then about that which was found
     assert searched[1:] == [(seed, -1.0, -1.25, -0.75) for seed in range(5, 14)]
     assert Communities(blobs[0], seed=4).with_clusters(2, like=odd) is odd
     assert Communities(blobs[0], seed=4).with_clusters(2, like=few) is odd  # all agree with it alike: the first

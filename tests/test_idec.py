@@ -18,7 +18,7 @@ from sccvae.model import AE, IDEC, load
 from sccvae.module import IDEC as Plate
 from sccvae.module import Batch
 from sccvae.train import TargetDistribution, fit_deep_clustering
-from sccvae.train.guide import Communities, Guide, neighbor_graph
+from sccvae.train.guide import Communities, Guide
 
 N, G, K = 30, 6, 4
 FEW = {"max_epochs": 3, "batch_size": 8, "accelerator": "cpu", "progress_bar": False}
@@ -155,13 +155,14 @@ def test_centers_start_at_k_means():
 @pytest.mark.parametrize("found", [K, K - 1])
 def test_centers_start_at_leiden_communities(found, monkeypatch):
     """At their means; by k-means if there are fewer."""
-    plate, spy, seen = a_plate(STORE_G), Spy(), {}
+    plate, spy, seen, of = a_plate(STORE_G), Spy(), {}, Communities.of
 
-    def graph(z):
-        seen["z"], seen["labels"] = z, np.arange(len(z)) % found
-        return neighbor_graph(z)
+    def communities(views, seed):
+        seen["z"], seen["labels"] = views[0], np.arange(len(views[0])) % found
+        assert len(views) == 2
+        return of(views, seed)
 
-    monkeypatch.setattr("sccvae.train.deep_clustering.neighbor_graph", graph)
+    monkeypatch.setattr(Communities, "of", communities)
     monkeypatch.setattr(Communities, "with_clusters", lambda self, n: Guide(seen["labels"], found))
     fit_few(plate, callbacks=[spy], seed=5)
     labels = seen["labels"] if found == K else KMeans(K, n_init=20, random_state=5).fit_predict(seen["z"])

@@ -16,7 +16,7 @@ from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
 from sccvae.train.fit import TrainingResult
-from sccvae.train.guide import MAX_CELLS, Communities, Guide, neighbor_graph
+from sccvae.train.guide import MAX_CELLS, Communities, Guide, principal_components
 from sccvae.train.passes import over_cells, some_rows
 from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
@@ -51,7 +51,7 @@ def fit_deep_clustering(
     """Train ``module`` in place.
 
     1. *Pretraining*: a denoising autoencoder, until its held-out error no longer falls.
-    2. Centres at the clusters of z, by Leiden or by k-means.
+    2. Centres at clusters, by Leiden or by k-means of z.
     3. *Clustering*: error and clustering loss together, on clean inputs, until hardly a cell changes its cluster.
 
     Parameters
@@ -65,7 +65,8 @@ def fit_deep_clustering(
     choose_components
         Let a graph clustering choose the number of centres.
     init
-        ``"leiden"``: centres at the communities of the neighbour graph in z, their number searched by the resolution;
+        ``"leiden"``: centres at the communities of the neighbour graphs in z and in the principal components, their
+        number searched by the resolution;
         ``"kmeans"``: as published. The number of centres can be chosen by Leiden alone.
     max_epochs
         Epochs of the pretraining; None for about 6,000 optimiser steps. The clustering takes at most half of it.
@@ -100,13 +101,18 @@ def fit_deep_clustering(
         return result
     rows = some_rows(train_rows, MAX_CELLS, seed)
     z = over_cells(module, store, rows, lambda batch: module.inference(batch)["z"])
+    views = [z]
+    if min(len(rows), store.n_features) > 3:  # as for the guide of a mixture
+        views.append(principal_components(store.cells.x[rows], None))
     if choose_components:
-        found = Communities(neighbor_graph(z), seed).stable()
+        found = Communities.of(views, seed).separate()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module.set_components(found.n_clusters)
+    elif init == "kmeans":
+        found = _k_means(z, module.n_components, seed)
     else:
-        found = _k_means(z, module.n_components, seed) if init == "kmeans" else _leiden(z, module.n_components, seed)
+        found = _leiden(views, module.n_components, seed)
     logger.info("Centres: %d clusters of sizes %s", found.n_clusters, np.bincount(found.labels[found.labels >= 0]))
     centers = np.stack([z[found.labels == k].mean(0) for k in range(found.n_clusters)])
     module.place(torch.from_numpy(centers))
@@ -165,10 +171,10 @@ class TargetDistribution(Callback):
         module.train(training)
 
 
-def _leiden(z: np.ndarray, n_clusters: int, seed: int) -> Guide:
-    """Communities of the neighbour graph; by k-means if the cells do not fall into so many."""
-    found = Communities(neighbor_graph(z), seed).with_clusters(n_clusters)
-    return found if found.n_clusters == n_clusters else _k_means(z, n_clusters, seed)
+def _leiden(views: list[np.ndarray], n_clusters: int, seed: int) -> Guide:
+    """Communities of the neighbour graphs; by k-means on z, the first view, if the cells do not fall into so many."""
+    found = Communities.of(views, seed).with_clusters(n_clusters)
+    return found if found.n_clusters == n_clusters else _k_means(views[0], n_clusters, seed)
 
 
 def _k_means(z: np.ndarray, n_clusters: int, seed: int) -> Guide:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import igraph
@@ -13,12 +14,17 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
+from sccvae.train.valleys import united
+
 logger = logging.getLogger(__name__)
 
 #: Cells that the graph holds at most; the others stay without a guide and are clustered by the model.
 MAX_CELLS = 60_000
-#: Resolutions searched for a number of clusters, and trials of the search.
-RESOLUTIONS, TRIALS = (0.005, 10.0), 14
+#: Resolution of the communities that are looked at where the number of clusters is not known. Finer ones have more
+#: pieces to unite, with as many clusters in the end.
+RESOLUTION = 0.7
+#: Resolutions searched for a number of clusters, for one of clusters that valleys part, and trials of the search.
+RESOLUTIONS, COARSE, TRIALS = (0.005, 10.0), (0.005, 2.0), 14
 #: Another random order is searched about the resolution found, so far on a logarithmic scale, and fewer times.
 NEAR, NEAR_TRIALS = 0.25, 3
 #: Random orders that are tried at most, and cells of all of them together.
@@ -73,6 +79,11 @@ def neighbor_graph(z: np.ndarray, n_neighbors: int = 15) -> sparse.csr_matrix:
     return shared.maximum(shared.T).tocsr()
 
 
+def joint_graph(views: list[np.ndarray]) -> sparse.csr_matrix:
+    """The sum of the graphs of several views of the same cells, each (n, d): where one view errs, others may not."""
+    return sum((neighbor_graph(z) for z in views[1:]), neighbor_graph(views[0]))
+
+
 def principal_components(x: np.ndarray | sparse.spmatrix, library: np.ndarray | None, n: int = 50) -> np.ndarray:
     """Principal components, of log-normalised counts if ``library`` is given: a second view of the cells.
 
@@ -107,20 +118,38 @@ class Communities:
         As from :func:`neighbor_graph`.
     seed
         Of Leiden's random order.
+    z
+        Coordinates of the cells, (n, d): communities between which their density has no valley are then one cluster.
+        Leiden parts what is many into many, however it lies.
     """
 
-    def __init__(self, graph: sparse.csr_matrix, seed: int = 0) -> None:
+    def __init__(self, graph: sparse.csr_matrix, seed: int = 0, z: np.ndarray | None = None) -> None:
         upper = sparse.triu(graph, 1).tocoo()
-        self.graph = igraph.Graph(n=graph.shape[0], edges=np.column_stack([upper.row, upper.col]))
+        self.edges = np.column_stack([upper.row, upper.col])
+        self.graph = igraph.Graph(n=graph.shape[0], edges=self.edges)
         self.weights = upper.data
         self.seed = seed
-        self._found: dict[tuple[float, int | None], Guide] = {}
+        self.z = z
+        self._found: dict[tuple[str, float, int | None], Guide] = {}
+
+    @classmethod
+    def of(cls, views: list[np.ndarray], seed: int = 0) -> Communities:
+        """Of the graph of several views of the cells, with the coordinates of all, each view as long as the others."""
+        z = np.hstack([view / max(view.std(0).max(), 1e-6) for view in views])
+        return cls(joint_graph(views), seed, z)
 
     def at(self, resolution: float, seed: int | None = None) -> Guide:
         """Communities by modularity (Traag et al. 2019), the largest first; tiny ones get no label."""
-        if (resolution, seed) not in self._found:
-            self._found[resolution, seed] = self._leiden(resolution, seed)
-        return self._found[resolution, seed]
+        return self._once("leiden", resolution, seed)
+
+    def apart(self, resolution: float, seed: int | None = None) -> Guide:
+        """The same, those united that no valley parts."""
+        return self._once("united", resolution, seed)
+
+    def _once(self, what: str, resolution: float, seed: int | None) -> Guide:
+        if (what, resolution, seed) not in self._found:
+            self._found[what, resolution, seed] = getattr(self, f"_{what}")(resolution, seed)
+        return self._found[what, resolution, seed]
 
     def _leiden(self, resolution: float, seed: int | None) -> Guide:
         igraph.set_random_number_generator(random.Random(self.seed if seed is None else seed))
@@ -132,27 +161,60 @@ class Communities:
             igraph.set_random_number_generator(random)
         return by_size(np.asarray(found.membership))
 
-    def with_clusters(self, n_clusters: int, like: Guide | None = None) -> Guide:
-        """Communities at a resolution that gives ``n_clusters`` of them; else the next more, the closest merged.
+    def _united(self, resolution: float, seed: int | None) -> Guide:
+        guide = self.at(resolution, seed)
+        return guide if self.z is None else by_size(united(guide.labels, self.z, self._links(guide) > 0))
 
+    def _links(self, guide: Guide) -> np.ndarray:
+        """Weight of all edges between each two clusters, (K, K) symmetric."""
+        ends = guide.labels[self.edges]
+        inside = (ends >= 0).all(1)
+        links = np.zeros((guide.n_clusters, guide.n_clusters))
+        np.add.at(links, tuple(ends[inside].T), self.weights[inside])
+        return links + links.T
+
+    @property
+    def _orders(self) -> range:
+        """Seeds of the random orders that are tried."""
+        n = int(np.clip(ORDERS_CELLS // self.graph.vcount(), 1, MOST_ORDERS))
+        return range(self.seed, self.seed + n)
+
+    def separate(self) -> Guide:
+        """As many clusters as valleys part; of several random orders, those that the others agree with most."""
+        guides = [self.apart(RESOLUTION, seed) for seed in self._orders]
+        logger.info("Clusters that valleys part, in several random orders: %s", [guide.n_clusters for guide in guides])
+        return medoid(guides, guides)
+
+    def with_clusters(self, n_clusters: int, like: Guide | None = None) -> Guide:
+        """Communities at a resolution that gives ``n_clusters`` of them, all parted by valleys if there are so many.
+
+        If there are not: communities whatever lies between them, or of the next more, the closest merged.
         Another random order may find others: of several, those most like a guide; or else most like the other ones.
         """
-        orders = int(np.clip(ORDERS_CELLS // self.graph.vcount(), 1, MOST_ORDERS))
-        at, found = self._search(n_clusters, None, np.log(0.5), *np.log(RESOLUTIONS), TRIALS)
+        guide = None if self.z is None else self._of_orders(self.apart, n_clusters, COARSE, like)
+        if guide is None or guide.n_clusters != n_clusters:
+            guide = self._of_orders(self.at, n_clusters, RESOLUTIONS, like)
+        return guide
+
+    def _of_orders(
+        self, find: Callable, n_clusters: int, resolutions: tuple[float, float], like: Guide | None
+    ) -> Guide:
+        seed, *others = self._orders
+        at, found = self._search(find, n_clusters, seed, np.log(0.5), *np.log(resolutions), TRIALS)
         guides = [found]
-        for seed in range(self.seed + 1, self.seed + orders):
+        for seed in others if found.n_clusters == n_clusters else ():
             near = (at - NEAR, at + NEAR)  # another order needs much the same resolution
-            guides.append(self._search(n_clusters, seed, at, *near, NEAR_TRIALS)[1])
+            guides.append(self._search(find, n_clusters, seed, at, *near, NEAR_TRIALS)[1])
         guides = [guide for guide in guides if guide.n_clusters == found.n_clusters]
         return medoid(guides, guides if like is None else [like])
 
     def _search(
-        self, n_clusters: int, seed: int | None, at: float, low: float, high: float, trials: int
+        self, find: Callable, n_clusters: int, seed: int | None, at: float, low: float, high: float, trials: int
     ) -> tuple[float, Guide]:
         """Halve an interval of log-resolutions, begun ``at`` one: the last looked at that serves, and its guide."""
         best = None
         for _ in range(trials):
-            guide = self.at(float(np.exp(at)), seed)
+            guide = find(float(np.exp(at)), seed)
             if guide.n_clusters >= n_clusters:
                 high = at
                 if best is None or guide.n_clusters < best[1].n_clusters:
@@ -166,32 +228,12 @@ class Communities:
             return at, guide  # the cells do not fall into that many
         return best[0], self.merged(best[1], n_clusters)
 
-    def stable(self, resolutions: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)) -> Guide:
-        """Communities at the resolution where other random orders find the same ones; among equals the finest.
-
-        None is above 1, where most tools begin: finer ones are as stable at times (zheng: 14 clusters of 10 types).
-        """
-        found = []
-        for resolution in resolutions:
-            guides = [self.at(resolution, self.seed + i) for i in range(3)]
-            agreement = np.mean([adjusted_rand_score(guides[0].labels, g.labels) for g in guides[1:]])
-            found.append((agreement, guides[0]))
-            logger.info("resolution %g: %d clusters, stability %.3f", resolution, guides[0].n_clusters, agreement)
-        best = max(agreement for agreement, _ in found)
-        return max(
-            (guide for agreement, guide in found if agreement >= best - 0.02), key=lambda guide: guide.n_clusters
-        )
-
     def merged(self, guide: Guide, n_clusters: int) -> Guide:
         """Merge the two clusters with most links, against what chance would link, until so many are left."""
         n = guide.n_clusters
         if n <= n_clusters:
             return guide
-        ends = guide.labels[np.asarray(self.graph.get_edgelist())]
-        inside = (ends >= 0).all(1)
-        links = np.zeros((n, n))
-        np.add.at(links, tuple(ends[inside].T), np.asarray(self.weights)[inside])
-        links += links.T
+        links = self._links(guide)
         group = np.arange(n)
         while len(links) > n_clusters:
             degree = links.sum(1) + 1e-9

@@ -24,7 +24,7 @@ from sccvae.train.guide import (
     MAX_CELLS,
     Communities,
     Guide,
-    neighbor_graph,
+    joint_graph,
     principal_components,
 )
 from sccvae.train.passes import over_cells, some_rows
@@ -163,6 +163,8 @@ def fit_mixture(
         views.append(principal_components(x, library, 30 if counts else 50))
     found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
     if choose_components:
+        if found.n_clusters == 1:
+            logger.warning("All cells are one cluster: no valley parts them. To part them anyway, give n_components.")
         with _drawn_with(seed):
             module.set_components(max(found.n_clusters, int(known.max()) + 1))
     least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
@@ -295,11 +297,10 @@ def _guide(
     """Labels for the cells with these coordinates: given, spread from the known ones, or found, much as before."""
     if given is not None:
         return Guide(given, int(given.max()) + 1)
-    graph = sum((neighbor_graph(z) for z in views[1:]), neighbor_graph(views[0]))
     if (known >= 0).any():
-        return _spread_guide(graph, known, module, choose, seed)
-    communities = Communities(graph, seed)
-    return communities.stable() if choose else communities.with_clusters(module.n_components, before)
+        return _spread_guide(joint_graph(views), known, module, choose, seed)
+    communities = Communities.of(views, seed)
+    return communities.separate() if choose else communities.with_clusters(module.n_components, before)
 
 
 def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:

@@ -1,0 +1,97 @@
+"""Are two clusters one? Their density along the line that tells them apart: with no valley in between, they are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: Two clusters are apart where the density falls below this share of the lower of their peaks.
+DEEP = 0.5
+#: Cells of a cluster that are looked at.
+LOOKED_AT = 1_000
+#: Share of the covariance within clusters that is taken to be alike in all directions: a few cells tell it badly.
+SHRINKAGE = 0.1
+#: Positions on the line: the medians of the clusters are at 0 and 1.
+GRID = np.linspace(-0.5, 1.5, 81)
+#: Narrowest normal that a cell is spread over, on the same scale.
+NARROWEST = 0.05
+
+
+def valley(a: np.ndarray, b: np.ndarray) -> float:
+    """How high the density is between two clusters, against the lower of their peaks.
+
+    Both count alike, however many cells they have. The line is Fisher's discriminant; the density along it a sum of
+    normals about the cells, as wide as Silverman's rule says.
+
+    Parameters
+    ----------
+    a, b
+        Coordinates of the cells of each, (n_a, d) and (n_b, d).
+
+    Returns
+    -------
+    0 for a gap to 1 for no valley at all, such as between the halves of one normal.
+
+    References
+    ----------
+    Fisher 1936, Annals of Eugenics 7; Silverman 1986, Density Estimation, equation 3.28.
+    """
+    a, b = (x[np.linspace(0, len(x) - 1, min(len(x), LOOKED_AT)).astype(int)].astype(np.float64) for x in (a, b))
+    within = (np.cov(a.T, bias=True) + np.cov(b.T, bias=True)).reshape(a.shape[1], -1) / 2
+    alike = np.trace(within) / len(within)
+    if alike == 0:  # all cells of a cluster lie in one point
+        return float((a[0] == b[0]).all())
+    within = (1 - SHRINKAGE) * within + SHRINKAGE * alike * np.eye(len(within))
+    line = np.linalg.solve(within, b.mean(0) - a.mean(0))
+    at = [x @ line for x in (a, b)]
+    start, end = map(np.median, at)
+    if end <= start:
+        return 1.0
+    density = sum(_density((x - start) / (end - start)) for x in at)
+    left = density[GRID <= 0.5].argmax()
+    right = len(GRID) - 1 - density[GRID >= 0.5][::-1].argmax()
+    return float(density[left : right + 1].min() / min(density[left], density[right]))
+
+
+def _density(at: np.ndarray) -> np.ndarray:
+    """Density of positions at those of the grid."""
+    width = max(1.06 * at.std() * len(at) ** -0.2, NARROWEST)
+    return np.exp(-0.5 * ((GRID[:, None] - at) / width) ** 2).mean(1) / width
+
+
+def united(labels: np.ndarray, z: np.ndarray, links: np.ndarray, deep: float = DEEP) -> np.ndarray:
+    """Unite clusters, the two with the highest valley first, until all that are left are apart.
+
+    Parameters
+    ----------
+    labels
+        Cluster of each cell, (n,) int64 from 0 on; -1 for none.
+    z
+        Coordinates, (n, d).
+    links
+        Which clusters hang together, (K, K) bool symmetric: others are apart.
+    deep
+        Valleys below this keep clusters apart.
+
+    Returns
+    -------
+    The number of the first of the clusters that each cell's was united with, (n,) int64; -1 for none.
+    """
+    labels, links = labels.copy(), links.copy()
+    np.fill_diagonal(links, False)
+    heights = np.zeros(links.shape)
+
+    def look(i: int, j: int) -> None:
+        heights[i, j] = heights[j, i] = valley(z[labels == i], z[labels == j])
+
+    for i, j in np.argwhere(np.triu(links)):
+        look(i, j)
+    while heights.size and heights.max() > deep:
+        i, j = sorted(np.unravel_index(heights.argmax(), heights.shape))
+        labels[labels == j] = i
+        links[i] |= links[j]
+        links[:, i] |= links[:, j]
+        links[j], links[:, j], heights[j], heights[:, j] = False, False, 0, 0
+        links[i, i] = False
+        for k in np.flatnonzero(links[i]):
+            look(i, k)
+    return labels
