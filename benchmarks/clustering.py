@@ -18,12 +18,17 @@ import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 
+from benchmarks.derived import DERIVED
+from benchmarks.integration import embed
 from benchmarks.results import write_section
-from benchmarks.sets import LABELLED, CellSet, load
+from benchmarks.sets import LABELLED, MULTI_STUDY, CellSet, load
 from sccvae import datasets, metrics
 from sccvae.model import GMVAE
 
 IMAGES = ("mnist", "fashion_mnist")
+SETS = [*LABELLED, *MULTI_STUDY, *DERIVED]
+#: Embeddings that Leiden clusters beside ours.
+PEERS = ("PCA", "Harmony", "scVI")
 #: One setting for both image sets, all numbers of components and labels, and all seeds.
 IMAGE_MODEL = {"likelihood": "bernoulli", "n_hidden": 512, "n_layers": 2, "masking": 0.3}
 IMAGE_TRAINING = {"batch_size": 256, "train_size": 0.95, "max_epochs": 20}
@@ -110,13 +115,6 @@ def leiden(z: np.ndarray, components: int | None, seed: int) -> np.ndarray:
     return adata.obs["l"].astype(str).to_numpy()
 
 
-def scvi_latent(adata: AnnData, cells: CellSet, seed: int, cache: Path | None) -> np.ndarray:
-    """Latent space of scVI at its defaults."""
-    from benchmarks.integration import embed
-
-    return embed(adata, cells, "scVI", seed, cache)[0]
-
-
 def cells(
     data: CellSet, components: int | None, labels: float | None, seed: int, methods: list[str], cache: Path | None
 ) -> list[dict]:
@@ -152,13 +150,10 @@ def cells(
             add("scANVI", found, start)
             rows[-1]["accuracy"] = float((truth == found)[hidden].mean())
         return rows
-    start = time.perf_counter()
-    if "PCA" in methods:
-        z = sc.pp.pca(adata.layers["logged"], n_comps=30)
-        add("Leiden on PCA", leiden(z, components, seed), start)
-    start = time.perf_counter()
-    if "scVI" in methods:
-        add("Leiden on scVI", leiden(scvi_latent(adata, data, seed, cache), components, seed), start)
+    for peer in PEERS:
+        if peer in methods and not (peer == "Harmony" and data.batch_key is None):
+            start = time.perf_counter()
+            add(f"Leiden on {peer}", leiden(embed(adata, data, peer, seed, cache)[0], components, seed), start)
     return rows
 
 
@@ -191,13 +186,13 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     """Run the command line."""
-    names = [c.name for c in LABELLED]
+    names = [c.name for c in SETS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["mnist"], choices=[*IMAGES, *names])
     parser.add_argument("--components", type=int, help="K; without it the number of classes (images: 10)")
     parser.add_argument("--auto", action="store_true", help="let the model choose the number of components")
     parser.add_argument("--labels", type=float, help="labels seen in training: a count, or a share below 1")
-    parser.add_argument("--methods", nargs="+", default=["GMVAE", "PCA", "scVI", "scANVI"], help="on cells")
+    parser.add_argument("--methods", nargs="+", default=["GMVAE", *PEERS, "scANVI"], help="on cells")
     parser.add_argument("--model", choices=["GMVAE", "IDEC"], default="GMVAE", help="on images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only-seed", type=int, help="this seed alone")
@@ -216,7 +211,7 @@ def main() -> None:
                 k = None if args.auto or args.labels is not None else args.components or 10
                 rows = (idec if args.model == "IDEC" else images)(name, k, args.labels, seed, args.validation)
             else:
-                data = LABELLED[names.index(name)]
+                data = SETS[names.index(name)]
                 k = None
                 if not args.auto and args.labels is None:
                     k = args.components or load(data).obs[data.label_key].nunique()

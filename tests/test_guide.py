@@ -154,20 +154,45 @@ def test_of_several_orders_the_one_that_most_agree_with(blobs, monkeypatch):
     assert medoid(guides, guides) is usual
     assert medoid(guides, [nearly]) is nearly
     assert medoid([odd], [odd]) is odd
-    searched = []
 
-    def search(self, find, n_clusters, seed, at, low, high, trials):
-        searched.append((seed, round(at, 2), round(low, 2), round(high, 2)))
-        return (-1.0, odd) if seed == 4 else (-2.0, few if seed == 6 else usual)
+    def at(self, resolution, seed):
+        if resolution == 0.7:  # too coarse
+            return few
+        return {4: odd, 6: few}.get(seed, usual)
 
-    monkeypatch.setattr(Communities, "_search", search)
+    monkeypatch.setattr(Communities, "at", at)
     assert Communities(blobs[0], seed=4).with_clusters(2) is usual
-    assert searched[0] == (4, -0.69, -5.3, 2.3)  # all resolutions, from 0.5 on; then about that which was found
-    assert searched[1:] == [(seed, -1.0, -1.25, -0.75) for seed in range(5, 14)]
     assert Communities(blobs[0], seed=4).with_clusters(2, like=odd) is odd
     assert Communities(blobs[0], seed=4).with_clusters(2, like=few) is odd  # all agree with it alike: the first
     monkeypatch.setattr("sccvae.train.guide.ORDERS_CELLS", 200)  # one order where there are many cells
     assert Communities(blobs[0], seed=4).with_clusters(2) is odd
+
+
+def test_the_first_resolution_with_enough_clusters_is_taken(blobs, monkeypatch):
+    """Of clusters that valleys part, or else of communities; what is too many is merged."""
+    asked = []
+
+    def find(name, most):
+        def at(self, resolution, seed):
+            asked.append((name, round(resolution, 2)))
+            n = min(most, int(4 * resolution))
+            return by_size(np.arange(200) % n)
+
+        return at
+
+    monkeypatch.setattr(Communities, "apart", find("apart", 6))
+    monkeypatch.setattr(Communities, "at", find("at", 9))
+    monkeypatch.setattr("sccvae.train.guide.MOST_ORDERS", 1)
+    assert Communities(blobs[0]).with_clusters(3).n_clusters == 3
+    assert asked == [("apart", 0.7), ("apart", 0.88)]
+    asked.clear()
+    assert Communities(blobs[0]).with_clusters(6).n_clusters == 6
+    assert asked == [("apart", 0.7), ("apart", 0.88), ("apart", 1.09), ("apart", 1.37), ("apart", 1.71)]
+    asked.clear()
+    assert Communities(blobs[0]).with_clusters(8).n_clusters == 8
+    assert asked[-1] == ("at", 2.14)
+    assert asked[6:9] == [("apart", 2.67), ("at", 0.7), ("at", 0.88)]
+    assert Communities(blobs[0]).with_clusters(30).n_clusters == 9  # there are no more
 
 
 # Sizes

@@ -97,11 +97,21 @@ def test_those_that_do_not_hang_together_stay():
     assert (united(labels, z, np.zeros((4, 4), bool)) == labels).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_until_so_many_are_left(n):
+    """What valleys part least is united first: the pieces, then the two normals."""
+    z, labels = pieces()
+    found = united(labels, z, np.ones((4, 4), bool), deep=0, n_clusters=n)
+    assert len(np.unique(found[labels >= 0])) == min(n, 4)
+    if n >= 2:
+        assert (found[1200:1500] == 3).all()
+
+
 def test_how_deep_is_deep():
     z, labels = np.vstack(two(3)), np.repeat([0, 1], 1000)
     links = np.ones((2, 2), bool)
     height = valley(z[:1000], z[1000:])
-    assert set(united(labels, z, links, height + 0.01)) == {0, 1}
-    assert set(united(labels, z, links, height - 0.01)) == {0}
+    assert set(united(labels, z, links, deep=height + 0.01)) == {0, 1}
+    assert set(united(labels, z, links, deep=height - 0.01)) == {0}
     nothing = np.full(5, -1)
     assert (united(nothing, z[:5], np.zeros((0, 0), bool)) == nothing).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import igraph
@@ -20,15 +19,11 @@ logger = logging.getLogger(__name__)
 
 #: Cells that the graph holds at most; the others stay without a guide and are clustered by the model.
 MAX_CELLS = 60_000
-#: Resolution of the communities that are looked at where the number of clusters is not known. Finer ones have more
-#: pieces to unite, with as many clusters in the end.
-RESOLUTION = 0.7
-#: Resolutions searched for a number of clusters, for one of clusters that valleys part, and trials of the search.
-RESOLUTIONS, COARSE, TRIALS = (0.005, 10.0), (0.005, 2.0), 14
-#: Another random order is searched about the resolution found, so far on a logarithmic scale, and fewer times.
-NEAR, NEAR_TRIALS = 0.25, 3
+#: Resolutions at which so many clusters as wanted are looked for, one after the other, and how many of them where
+#: valleys must part these: at finer ones chance makes valleys. The first serves where the number is not known.
+RESOLUTIONS, COARSE = tuple(0.7 * 1.25**i for i in range(13)), 7
 #: Random orders that are tried at most, and cells of all of them together.
-MOST_ORDERS, ORDERS_CELLS = 10, 100_000
+MOST_ORDERS, ORDERS_CELLS = 10, 200_000
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -165,6 +160,13 @@ class Communities:
         guide = self.at(resolution, seed)
         return guide if self.z is None else by_size(united(guide.labels, self.z, self._links(guide) > 0))
 
+    def _fewer(self, guide: Guide, n_clusters: int) -> Guide:
+        """So many, of clusters that no valley need part: those with the highest between them become one."""
+        if self.z is not None:
+            some = united(guide.labels, self.z, self._links(guide) > 0, deep=0, n_clusters=n_clusters)
+            guide = by_size(some)
+        return self.merged(guide, n_clusters)
+
     def _links(self, guide: Guide) -> np.ndarray:
         """Weight of all edges between each two clusters, (K, K) symmetric."""
         ends = guide.labels[self.edges]
@@ -181,52 +183,31 @@ class Communities:
 
     def separate(self) -> Guide:
         """As many clusters as valleys part; of several random orders, those that the others agree with most."""
-        guides = [self.apart(RESOLUTION, seed) for seed in self._orders]
+        guides = [self.apart(RESOLUTIONS[0], seed) for seed in self._orders]
         logger.info("Clusters that valleys part, in several random orders: %s", [guide.n_clusters for guide in guides])
         return medoid(guides, guides)
 
     def with_clusters(self, n_clusters: int, like: Guide | None = None) -> Guide:
-        """Communities at a resolution that gives ``n_clusters`` of them, all parted by valleys if there are so many.
+        """So many clusters: of those that valleys part, at a resolution that has enough of them, the closest merged.
 
-        If there are not: communities whatever lies between them, or of the next more, the closest merged.
-        Another random order may find others: of several, those most like a guide; or else most like the other ones.
+        If valleys do not part so many: of the communities, those united that valleys part least. Another random order
+        may find others: of several, those most like a guide; or else most like the other ones.
         """
-        guide = None if self.z is None else self._of_orders(self.apart, n_clusters, COARSE, like)
-        if guide is None or guide.n_clusters != n_clusters:
-            guide = self._of_orders(self.at, n_clusters, RESOLUTIONS, like)
-        return guide
-
-    def _of_orders(
-        self, find: Callable, n_clusters: int, resolutions: tuple[float, float], like: Guide | None
-    ) -> Guide:
-        seed, *others = self._orders
-        at, found = self._search(find, n_clusters, seed, np.log(0.5), *np.log(resolutions), TRIALS)
-        guides = [found]
-        for seed in others if found.n_clusters == n_clusters else ():
-            near = (at - NEAR, at + NEAR)  # another order needs much the same resolution
-            guides.append(self._search(find, n_clusters, seed, at, *near, NEAR_TRIALS)[1])
-        guides = [guide for guide in guides if guide.n_clusters == found.n_clusters]
-        return medoid(guides, guides if like is None else [like])
-
-    def _search(
-        self, find: Callable, n_clusters: int, seed: int | None, at: float, low: float, high: float, trials: int
-    ) -> tuple[float, Guide]:
-        """Halve an interval of log-resolutions, begun ``at`` one: the last looked at that serves, and its guide."""
-        best = None
-        for _ in range(trials):
-            guide = find(float(np.exp(at)), seed)
-            if guide.n_clusters >= n_clusters:
-                high = at
-                if best is None or guide.n_clusters < best[1].n_clusters:
-                    best = at, guide
-                if guide.n_clusters == n_clusters:
-                    return best
-            else:
-                low = at
-            at = (low + high) / 2
-        if best is None:
-            return at, guide  # the cells do not fall into that many
-        return best[0], self.merged(best[1], n_clusters)
+        for find, resolutions, fewer in (
+            (self.apart, RESOLUTIONS[:COARSE], self.merged),
+            (self.at, RESOLUTIONS, self._fewer),
+        ):
+            guides = []
+            for seed in self._orders:
+                tried = (find(resolution, seed) for resolution in resolutions)
+                guide = next((guide for guide in tried if guide.n_clusters >= n_clusters), None)
+                if guide is not None:
+                    guides.append(fewer(guide, n_clusters))
+                elif not guides:  # nor would other orders
+                    break
+            if guides:
+                return medoid(guides, guides if like is None else [like])
+        return find(resolutions[-1], self.seed)  # the cells do not fall into so many
 
     def merged(self, guide: Guide, n_clusters: int) -> Guide:
         """Merge the two clusters with most links, against what chance would link, until so many are left."""

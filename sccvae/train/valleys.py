@@ -58,8 +58,10 @@ def _density(at: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * ((GRID[:, None] - at) / width) ** 2).mean(1) / width
 
 
-def united(labels: np.ndarray, z: np.ndarray, links: np.ndarray, deep: float = DEEP) -> np.ndarray:
-    """Unite clusters, the two with the highest valley first, until all that are left are apart.
+def united(
+    labels: np.ndarray, z: np.ndarray, links: np.ndarray, *, deep: float = DEEP, n_clusters: int = 1
+) -> np.ndarray:
+    """Unite clusters, the two with the highest valley first, until all that are left are apart or few enough.
 
     Parameters
     ----------
@@ -70,7 +72,9 @@ def united(labels: np.ndarray, z: np.ndarray, links: np.ndarray, deep: float = D
     links
         Which clusters hang together, (K, K) bool symmetric: others are apart.
     deep
-        Valleys below this keep clusters apart.
+        Valleys of this height or below keep clusters apart.
+    n_clusters
+        Least number that is left.
 
     Returns
     -------
@@ -85,7 +89,9 @@ def united(labels: np.ndarray, z: np.ndarray, links: np.ndarray, deep: float = D
 
     for i, j in np.argwhere(np.triu(links)):
         look(i, j)
-    while heights.size and heights.max() > deep:
+    for _ in range(len(links) - n_clusters):
+        if heights.max() <= deep:
+            break
         i, j = sorted(np.unravel_index(heights.argmax(), heights.shape))
         labels[labels == j] = i
         links[i] |= links[j]
