@@ -125,7 +125,8 @@ class Communities:
         self.weights = upper.data
         self.seed = seed
         self.z = z
-        self._found: dict[tuple[str, float, int | None], Guide] = {}
+        self._found: dict[tuple[float, int | None], Guide] = {}
+        self._apart: dict[tuple[float, int | None], Guide] = {}
 
     @classmethod
     def of(cls, views: list[np.ndarray], seed: int = 0) -> Communities:
@@ -135,16 +136,15 @@ class Communities:
 
     def at(self, resolution: float, seed: int | None = None) -> Guide:
         """Communities by modularity (Traag et al. 2019), the largest first; tiny ones get no label."""
-        return self._once("leiden", resolution, seed)
+        if (resolution, seed) not in self._found:
+            self._found[resolution, seed] = self._leiden(resolution, seed)
+        return self._found[resolution, seed]
 
     def apart(self, resolution: float, seed: int | None = None) -> Guide:
         """The same, those united that no valley parts."""
-        return self._once("united", resolution, seed)
-
-    def _once(self, what: str, resolution: float, seed: int | None) -> Guide:
-        if (what, resolution, seed) not in self._found:
-            self._found[what, resolution, seed] = getattr(self, f"_{what}")(resolution, seed)
-        return self._found[what, resolution, seed]
+        if (resolution, seed) not in self._apart:
+            self._apart[resolution, seed] = self._united(self.at(resolution, seed))
+        return self._apart[resolution, seed]
 
     def _leiden(self, resolution: float, seed: int | None) -> Guide:
         igraph.set_random_number_generator(random.Random(self.seed if seed is None else seed))
@@ -156,16 +156,15 @@ class Communities:
             igraph.set_random_number_generator(random)
         return by_size(np.asarray(found.membership))
 
-    def _united(self, resolution: float, seed: int | None) -> Guide:
-        guide = self.at(resolution, seed)
-        return guide if self.z is None else by_size(united(guide.labels, self.z, self._links(guide) > 0))
+    def _united(self, guide: Guide, **until: float) -> Guide:
+        """With clusters united, the highest valley between them first."""
+        if self.z is None:
+            return guide
+        return by_size(united(guide.labels, self.z, self._links(guide) > 0, **until))
 
     def _fewer(self, guide: Guide, n_clusters: int) -> Guide:
-        """So many, of clusters that no valley need part: those with the highest between them become one."""
-        if self.z is not None:
-            some = united(guide.labels, self.z, self._links(guide) > 0, deep=0, n_clusters=n_clusters)
-            guide = by_size(some)
-        return self.merged(guide, n_clusters)
+        """So many, though no valley need part them."""
+        return self.merged(self._united(guide, deep=0, n_clusters=n_clusters), n_clusters)
 
     def _links(self, guide: Guide) -> np.ndarray:
         """Weight of all edges between each two clusters, (K, K) symmetric."""
