@@ -36,7 +36,7 @@ def test_halves_of_one_normal_have_none():
 @pytest.mark.parametrize("sizes", [(1000, 1000), (5000, 40), (40, 5000)])
 def test_sizes_do_not_matter(sizes):
     assert valley(*two(8, sizes)) < 0.1
-    assert valley(*two(4, sizes)) == pytest.approx(0.3, abs=0.15)
+    assert valley(*two(4, sizes)) == pytest.approx(0.3, abs=0.2)
     assert valley(*two(0.5, sizes)) > 0.8
 
 
@@ -49,6 +49,14 @@ def test_where_the_cells_are_and_which_is_first_does_not_matter():
     assert valley(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(wanted, abs=1e-3)
 
 
+def test_a_line_made_for_the_cells_does_not_part_them():
+    """In many dimensions cells of one normal lie apart on the discriminant that was made for them, others do not."""
+    rng = np.random.default_rng(0)
+    heights = [valley(rng.normal(size=(25, 40)), rng.normal(size=(25, 40))) for _ in range(10)]
+    assert np.median(heights) > 0.9
+    assert min(heights) > 0.6
+
+
 def test_a_direction_of_much_noise_does_not_hide_it():
     a, b = two(8)
     noise = np.random.default_rng(2).normal(size=(2000, 1)) * 30
@@ -58,9 +66,9 @@ def test_a_direction_of_much_noise_does_not_hide_it():
 def test_points_and_few_cells():
     point = np.ones((5, 3))
     assert valley(point, point) == 1
-    assert valley(point, 2 * point) == 0
+    assert valley(point, 2 * point) < 1e-9
     assert valley(point, np.random.default_rng(0).normal(size=(50, 3)) + 9) < 0.1
-    assert valley(point[:1], 2 * point[:1]) == 0
+    assert valley(point[:1], 2 * point[:1]) < 1e-9
     assert 0 <= valley(*two(1, (2, 3))) <= 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import igraph
@@ -129,9 +130,9 @@ class Communities:
         self._apart: dict[tuple[float, int | None], Guide] = {}
 
     @classmethod
-    def of(cls, views: list[np.ndarray], seed: int = 0) -> Communities:
-        """Of the graph of several views of the cells, with the coordinates of all, each view as long as the others."""
-        z = np.hstack([view / max(view.std(0).max(), 1e-6) for view in views])
+    def of(cls, views: list[np.ndarray], seed: int = 0, beside: Sequence[np.ndarray] = ()) -> Communities:
+        """Of the graph of several views of the cells; valleys are looked for in these and in what lies beside them."""
+        z = np.hstack([view / max(view.std(0).max(), 1e-6) for view in (*views, *beside)])
         return cls(joint_graph(views), seed, z)
 
     def at(self, resolution: float, seed: int | None = None) -> Guide:

@@ -155,13 +155,14 @@ def fit_mixture(
     z = over_cells(module, store, rows, lambda b: module.inference(b)["z"].loc)
     if module.learned_w:  # z holds the conditions there; clusters are looked for across them
         z = _without_conditions(z, module, store, rows)
-    views = [z]
-    if not module.conditions.width and min(len(rows), store.n_features) > 3 and guide is None:
-        # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
+    views, beside = [z], []
+    if min(len(rows), store.n_features) > 3 and guide is None:
         counts = module.likelihood.support == "counts"
         x, library = store.cells.x[rows], store.cells.library[rows] if counts else None
-        views.append(principal_components(x, library, 30 if counts else 50))
-    found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed)
+        # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
+        # With conditions, these part the batches, as neighbours; valleys are looked for there too.
+        (beside if module.conditions.width else views).append(principal_components(x, library, 30 if counts else 50))
+    found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed, beside)
     if choose_components:
         if found.n_clusters == 1:
             logger.warning("All cells are one cluster: no valley parts them. To part them anyway, give n_components.")
@@ -217,7 +218,7 @@ def fit_mixture(
         if last.interrupted:
             return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
-        anew = _guide([features], known[rows], None, module, False, seed, found)
+        anew = _guide([features], known[rows], None, module, False, seed, before=found)
         both = (found.labels >= 0) & (anew.labels >= 0)
         agreement = adjusted_rand_score(found.labels[both], anew.labels[both])
         logger.info("The guide made again agrees with the one before by %.3f (adjusted Rand index)", agreement)
@@ -292,14 +293,21 @@ def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np
 
 
 def _guide(
-    views: list[np.ndarray], known, given, module: GMVAE, choose: bool, seed: int, before: Guide | None = None
+    views: list[np.ndarray],
+    known: np.ndarray,
+    given: np.ndarray | None,
+    module: GMVAE,
+    choose: bool,
+    seed: int,
+    beside: Sequence[np.ndarray] = (),
+    before: Guide | None = None,
 ) -> Guide:
     """Labels for the cells with these coordinates: given, spread from the known ones, or found, much as before."""
     if given is not None:
         return Guide(given, int(given.max()) + 1)
     if (known >= 0).any():
         return _spread_guide(joint_graph(views), known, module, choose, seed)
-    communities = Communities.of(views, seed)
+    communities = Communities.of(views, seed, beside)
     return communities.separate() if choose else communities.with_clusters(module.n_components, before)
 
 
