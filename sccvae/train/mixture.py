@@ -156,7 +156,9 @@ def fit_mixture(
     if module.learned_w:  # z holds the conditions there; clusters are looked for across them
         z = _without_conditions(z, module, store, rows)
     views, beside = [z], []
-    if min(len(rows), store.n_features) > 3 and guide is None:
+    blind = guide is None and (known < 0).all()
+    needed = blind or (guide is None and not module.conditions.width)
+    if needed and min(len(rows), store.n_features) > 3:
         counts = module.likelihood.support == "counts"
         x, library = store.cells.x[rows], store.cells.library[rows] if counts else None
         # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
@@ -164,7 +166,7 @@ def fit_mixture(
         (beside if module.conditions.width else views).append(principal_components(x, library, 30 if counts else 50))
     found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed, beside)
     if choose_components:
-        if found.n_clusters == 1:
+        if blind and found.n_clusters == 1:
             logger.warning("All cells are one cluster: no valley parts them. To part them anyway, give n_components.")
         with _drawn_with(seed):
             module.set_components(max(found.n_clusters, int(known.max()) + 1))
