@@ -100,9 +100,10 @@ def principal_components(x: np.ndarray | sparse.spmatrix, library: np.ndarray | 
         scale = np.median(library) / library
         x = x.multiply(scale).tocsr() if sparse.issparse(x) else x * scale
         x = x.log1p() if sparse.issparse(x) else np.log1p(x)
-    x = x.toarray() if sparse.issparse(x) else x
+    own = sparse.issparse(x)  # made dense here: centred in place
+    x = np.asarray(x.toarray() if own else x, dtype=np.float32)
     n = min(n, *(side - 1 for side in x.shape))
-    return PCA(n, svd_solver="randomized", random_state=0).fit_transform(np.asarray(x, dtype=np.float32))
+    return PCA(n, copy=not own, svd_solver="randomized", random_state=0).fit_transform(x)
 
 
 class Communities:
