@@ -6,9 +6,10 @@ import random
 
 import numpy as np
 import pytest
+from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
-from sccvae.train.guide import Communities, Guide, by_size, medoid, neighbor_graph
+from sccvae.train.guide import Communities, Guide, by_size, medoid, neighbor_graph, principal_components
 
 SIZES = [60, 50, 40, 30, 20]
 
@@ -51,6 +52,20 @@ def test_neighbor_graph_is_that_by_brute_force(n, k):
 def test_neighbor_graph_of_few_points():
     assert neighbor_graph(np.zeros((1, 2))).nnz == 0
     assert neighbor_graph(np.array([[0.0], [1.0]])).toarray().tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_principal_components_and_what_they_are_of_is_left_alone(counts):
+    x = np.random.default_rng(0).poisson(0.5, (60, 20)).astype(np.float32)
+    library = x.sum(1, keepdims=True) + 1 if counts else None
+    y = np.log1p(x * (np.median(library) / library)) if counts else x
+    u, s, _ = np.linalg.svd(y - y.mean(0), full_matrices=False)
+    rows, dense = sparse.csr_matrix(x), x.copy()
+    for given in (rows, dense):
+        z = principal_components(given, library, 5)
+        np.testing.assert_allclose(np.abs(z), np.abs(u * s)[:, :5], atol=0.05)
+    assert (dense == x).all()
+    assert (rows.toarray() == x).all()
 
 
 # Communities
