@@ -197,6 +197,10 @@ def test_the_first_resolution_with_enough_clusters_is_taken(blobs, monkeypatch):
 
     monkeypatch.setattr(Communities, "apart", find("apart", 6))
     monkeypatch.setattr(Communities, "at", find("at", 9))
+    monkeypatch.setattr("sccvae.train.guide.MOST_ORDERS", 2)
+    assert Communities(blobs[0]).with_clusters(6).n_clusters == 6
+    assert asked[5:] == [("apart", 1.37), ("apart", 1.71)]  # another order begins one before
+    asked.clear()
     monkeypatch.setattr("sccvae.train.guide.MOST_ORDERS", 1)
     assert Communities(blobs[0]).with_clusters(3).n_clusters == 3
     assert asked == [("apart", 0.7), ("apart", 0.88)]

@@ -198,14 +198,16 @@ class Communities:
             (self.apart, RESOLUTIONS[:COARSE], self.merged),
             (self.at, RESOLUTIONS, self._fewer),
         ):
-            guides = []
+            guides, start = [], 0
             for seed in self._orders:
-                tried = (find(resolution, seed) for resolution in resolutions)
-                guide = next((guide for guide in tried if guide.n_clusters >= n_clusters), None)
+                tried = ((i, find(resolutions[i], seed)) for i in range(start, len(resolutions)))
+                i, guide = next((each for each in tried if each[1].n_clusters >= n_clusters), (0, None))
                 if guide is not None:
                     guides.append(fewer(guide, n_clusters))
                 elif not guides:  # nor would other orders
                     break
+                if len(guides) == 1:  # another order needs much the same resolution
+                    start = max(i - 1, 0)
             if guides:
                 return medoid(guides, guides if like is None else [like])
         return find(resolutions[-1], self.seed)  # the cells do not fall into so many
