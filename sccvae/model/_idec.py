@@ -83,7 +83,7 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
         max_epochs
             Epochs of the pretraining; None for about 6,000 optimiser steps. The clustering takes at most half of it.
         init
-            Where the centres start: at the Leiden communities of the neighbour graph in z, or, as published, by
+            Where the centres start: at Leiden communities in z and in the principal components, or, as published, by
             k-means (``"kmeans"``), which needs a much longer pretraining. With ``n_components=None`` always Leiden.
         **options
             As for :meth:`BaseModel.train`; ``early_stopping`` and ``patience`` are of the pretraining.
