@@ -100,7 +100,7 @@ def fit_mixture(
 
     1. *Warm-up*: a VAE with p(z) = N(0, I), until its held-out ELBO no longer falls.
     2. *Guide*: Leiden communities in z, united where no valley of density parts them; or classes from the labels in
-       ``store``. Twice, q(y|.) alone learns them and the guide is made again from its last hidden layer. Or the user's own.
+       ``store``. Twice, q(y|.) alone learns them and the guide is made again from its last layer. Or the user's own.
     3. *Guided*: components are placed at the clusters; cells of the guide take its component, the others sum y out.
     4. *Free*: only labels of ``store`` are seen. Should a component of the guide be lost, this phase is taken back and
        run again with the guide.
