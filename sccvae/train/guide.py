@@ -24,7 +24,7 @@ MAX_CELLS = 60_000
 #: valleys must part these: at finer ones chance makes valleys. The first serves where the number is not known.
 RESOLUTIONS, COARSE = tuple(0.7 * 1.25**i for i in range(13)), 7
 #: Random orders that are tried at most, and cells of all of them together.
-MOST_ORDERS, ORDERS_CELLS = 10, 200_000
+MOST_ORDERS, ORDERS_CELLS = 5, 200_000
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d
 
 #: Two clusters are apart where the density falls below this share of the lower of their peaks.
 DEEP = 0.5
@@ -10,8 +11,9 @@ DEEP = 0.5
 LOOKED_AT = 1_000
 #: Share of the covariance within clusters that is taken to be alike in all directions: a few cells tell it badly.
 SHRINKAGE = 0.1
-#: Positions on the line: the medians of the clusters are at 0 and 1.
-GRID = np.linspace(-0.5, 1.5, 81)
+#: Places on the line where the density is told: the medians of the clusters are at 0 and 1.
+STEP, START, END = 0.0125, -2.0, 3.0
+GRID = np.arange(START + STEP / 2, END, STEP)
 #: Narrowest normal that a cell is spread over, on the same scale.
 NARROWEST = 0.05
 
@@ -36,38 +38,51 @@ def valley(a: np.ndarray, b: np.ndarray) -> float:
     ----------
     Fisher 1936, Annals of Eugenics 7; Silverman 1986, Density Estimation, equation 3.28.
     """
-    a, b = (x[np.linspace(0, len(x) - 1, min(len(x), LOOKED_AT)).astype(int)].astype(np.float64) for x in (a, b))
+    return _height(_looked_at(a), _looked_at(b))
+
+
+class _Half:
+    """Each second cell that is looked at of a cluster, (n, d), their mean and covariance."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x, self.mean = x, x.mean(0)
+        self.covariance = np.cov(x.T, bias=True).reshape(x.shape[1], -1)
+
+
+def _looked_at(x: np.ndarray) -> list[_Half]:
+    """Both halves of a cluster; of a few cells all, both times."""
+    x = x[np.linspace(0, len(x) - 1, min(len(x), LOOKED_AT)).astype(int)].astype(np.float64)
+    return [_Half(x[k::2] if len(x) > 3 else x) for k in (0, 1)]
+
+
+def _height(a: list[_Half], b: list[_Half]) -> float:
+    """As :func:`valley`."""
     looked_at: tuple[list, list] = [], []
-    for own, others in zip(_halves(a, b), reversed(_halves(a, b)), strict=True):
-        line = _discriminant(*own)
-        at = [x @ line for x in others]
+    for own in (0, 1):
+        line = _discriminant(a[own], b[own])
+        at = [half[1 - own].x @ line for half in (a, b)]
         start, end = map(np.median, at)
         if end <= start:
             return 1.0
         for some, x in zip(looked_at, at, strict=True):
             some.append((x - start) / (end - start))
     density = sum(_density(np.concatenate(some)) for some in looked_at)
-    left = density[GRID <= 0.5].argmax()
-    right = len(GRID) - 1 - density[GRID >= 0.5][::-1].argmax()
+    left, right = (np.where(side, density, -1).argmax() for side in (GRID <= 0.5, GRID >= 0.5))
     return float(density[left : right + 1].min() / min(density[left], density[right]))
 
 
-def _halves(*clusters: np.ndarray) -> list[list[np.ndarray]]:
-    """Each second cell of each cluster, and the others; of a few cells all, both times."""
-    return [[x[k::2] if len(x) > 3 else x for x in clusters] for k in (0, 1)]
-
-
-def _discriminant(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _discriminant(a: _Half, b: _Half) -> np.ndarray:
     """Fisher's, from a to b, (d,)."""
-    within = (np.cov(a.T, bias=True) + np.cov(b.T, bias=True)).reshape(a.shape[1], -1) / 2
+    within = (a.covariance + b.covariance) / 2
     alike = np.trace(within) / len(within) or 1.0  # all cells of a cluster may lie in one point
-    return np.linalg.solve((1 - SHRINKAGE) * within + SHRINKAGE * alike * np.eye(len(within)), b.mean(0) - a.mean(0))
+    return np.linalg.solve((1 - SHRINKAGE) * within + SHRINKAGE * alike * np.eye(len(within)), b.mean - a.mean)
 
 
 def _density(at: np.ndarray) -> np.ndarray:
-    """Density of positions at those of the grid."""
+    """Density of positions at those of the grid: cells are counted in steps, and these spread over a normal each."""
     width = max(1.06 * at.std() * len(at) ** -0.2, NARROWEST)
-    return np.exp(-0.5 * ((GRID[:, None] - at) / width) ** 2).mean(1) / width
+    counts = np.bincount(((at[(at >= START) & (at < END)] - START) / STEP).astype(int), minlength=len(GRID))
+    return gaussian_filter1d(counts / len(at), width / STEP, mode="constant")
 
 
 def united(
@@ -84,7 +99,7 @@ def united(
     links
         Which clusters hang together, (K, K) bool symmetric: others are apart.
     deep
-        Valleys of this height or below keep clusters apart.
+        Valleys below this height keep clusters apart; 0 for none that do.
     n_clusters
         Least number that is left.
 
@@ -94,22 +109,24 @@ def united(
     """
     labels, links = labels.copy(), links.copy()
     np.fill_diagonal(links, False)
-    heights = np.zeros(links.shape)
+    heights = np.full(links.shape, -1.0)
+    clusters = [_looked_at(z[labels == k]) for k in range(len(links))]
 
     def look(i: int, j: int) -> None:
-        heights[i, j] = heights[j, i] = valley(z[labels == i], z[labels == j])
+        heights[i, j] = heights[j, i] = _height(clusters[i], clusters[j])
 
     for i, j in np.argwhere(np.triu(links)):
         look(i, j)
     for _ in range(len(links) - n_clusters):
-        if heights.max() <= deep:
+        if heights.max() < deep:
             break
         i, j = sorted(np.unravel_index(heights.argmax(), heights.shape))
         labels[labels == j] = i
         links[i] |= links[j]
         links[:, i] |= links[:, j]
-        links[j], links[:, j], heights[j], heights[:, j] = False, False, 0, 0
+        links[j], links[:, j], heights[j], heights[:, j] = False, False, -1, -1
         links[i, i] = False
+        clusters[i] = _looked_at(z[labels == i])
         for k in np.flatnonzero(links[i]):
             look(i, k)
     return labels
