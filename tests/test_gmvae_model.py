@@ -387,6 +387,20 @@ def test_the_rounds_of_the_guide_train_the_classifier_alone():
     assert set(phase) >= {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_communities_of_counts_are_not_made_again(labelled):
+    """Classes from a few labels are, of counts too."""
+    rng = np.random.default_rng(0)
+    classes = np.repeat(["a", "b"], 60)
+    x = rng.poisson(np.where(classes[:, None] == "a", [1.0, 6.0] * 10, [6.0, 1.0] * 10)).astype(np.float32)
+    adata = AnnData(x)
+    adata.obs["some"] = np.where(np.arange(120) % 6 > 0, "Unknown", classes)
+    setup = {"labels_key": "some", "unlabeled_category": "Unknown"} if labelled else {}
+    model = make(adata, setup=setup, max_epochs=6, likelihood="nb", n_components=2)
+    assert set(model.history["phase"]["phase"]) == {0, 2, 3} | ({1} if labelled else set())
+    assert metrics.clustering(classes, model.predict())["ari"] > 0.9
+
+
 def test_no_epoch_is_an_error():
     with pytest.raises(ValueError, match="max_epochs=0 must be at least 1"):
         make(make_cells(6), max_epochs=0, n_components=3)

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Names of the phases, by their number in the history.
 PHASES = ("warm-up", "guide", "guided", "free", "free-guided")
-#: Times that the guide is made again, from what a classifier makes of the one before.
+#: Times that the guide is made again, from what a classifier makes of the one before. Not where counts are clustered:
+#: on 20 sets of cells what was found again had a mean ARI of 0.55, not 0.74, and what was taken of it was no better.
 ROUNDS = 2
 #: A guide made again may move borders; with less agreement than this (adjusted Rand index) it found other clusters, and
 #: the one before is kept.
@@ -100,7 +101,8 @@ def fit_mixture(
 
     1. *Warm-up*: a VAE with p(z) = N(0, I), until its held-out ELBO no longer falls.
     2. *Guide*: Leiden communities in z, united where no valley of density parts them; or classes from the labels in
-       ``store``. Twice, q(y|.) alone learns them and the guide is made again from its last layer. Or the user's own.
+       ``store``. Twice, but for communities of counts, q(y|.) alone learns them and the guide is made again from its
+       last layer. Or the user's own.
     3. *Guided*: components are placed at the clusters; cells of the guide take its component, the others sum y out.
     4. *Free*: only labels of ``store`` are seen. Should a component of the guide be lost, this phase is taken back and
        run again with the guide.
@@ -157,9 +159,9 @@ def fit_mixture(
         z = _without_conditions(z, module, store, rows)
     views, beside = [z], []
     blind = guide is None and (known < 0).all()
+    counts = module.likelihood.support == "counts"
     needed = blind or (guide is None and not module.conditions.width)
     if needed and min(len(rows), store.n_features) > 3:
-        counts = module.likelihood.support == "counts"
         x, library = store.cells.x[rows], store.cells.library[rows] if counts else None
         # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
         # With conditions, these part the batches, as neighbours; valleys are looked for there too.
@@ -214,7 +216,7 @@ def fit_mixture(
             # of 0.789 in place of 0.751 with GUIDED_EPOCHS).
             last = phase("guided", max(least, GUIDED * warm), known, **guided)
         return MixtureResult(last, labels[train_rows])
-    for _ in range(ROUNDS if guide is None else 0):
+    for _ in range(0 if guide is not None or (blind and counts) else ROUNDS):
         labels = _on_cells(found, rows, known)
         last = classifier(labels, min(ROUND * warm, ROUND_EPOCHS))
         if last.interrupted:
