@@ -9,7 +9,16 @@ import pytest
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
-from sccvae.train.guide import Communities, Guide, by_size, medoid, neighbor_graph, principal_components
+from sccvae.train.guide import (
+    COARSE,
+    RESOLUTIONS,
+    Communities,
+    Guide,
+    by_size,
+    medoid,
+    neighbor_graph,
+    principal_components,
+)
 
 SIZES = [60, 50, 40, 30, 20]
 
@@ -143,6 +152,32 @@ def test_united_communities_come_by_size():
     guide = Communities(neighbor_graph(z), z=z).apart(2.0)
     assert guide.n_clusters == 2
     assert np.mean(guide.labels == 1 - labels) > 0.99
+
+
+def modularity_of(graph):
+    """Newman and Girvan 2004: the share of links within clusters, less what chance gives."""
+    degree = np.asarray(graph.sum(1)).ravel() / graph.sum()
+
+    def modularity(labels):
+        same = labels[:, None] == labels
+        return (graph.toarray() / graph.sum() - np.outer(degree, degree))[same].sum()
+
+    return modularity
+
+
+def test_even_ones_have_the_highest_modularity(monkeypatch):
+    graph = neighbor_graph(np.random.default_rng(0).normal(size=(200, 2)))
+    communities = Communities(graph, 3)
+    monkeypatch.setattr("sccvae.train.guide.MOST_ORDERS", 2)
+    found = communities.even(3)
+    assert found.n_clusters == 3
+    modularity = modularity_of(graph)
+    for resolution in RESOLUTIONS[:COARSE]:
+        for seed in (3, 4):
+            other = communities.merged(communities.at(resolution, seed), 3)
+            if other.n_clusters == 3:
+                assert modularity(found.labels) >= modularity(other.labels) - 1e-9
+    assert communities.even(200) is None
 
 
 def test_same_seed_same_communities_and_random_state_left_alone(blobs):

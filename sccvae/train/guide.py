@@ -212,6 +212,20 @@ class Communities:
                 return medoid(guides, guides if like is None else [like])
         return find(resolutions[-1], self.seed)  # the cells do not fall into so many
 
+    def even(self, n_clusters: int) -> Guide | None:
+        """So many clusters of much the same size, or None if the cells do not fall into so many.
+
+        Of communities at several resolutions and in several orders, the closest merged, those of highest modularity.
+        """
+        found = (self.at(resolution, seed) for seed in self._orders for resolution in RESOLUTIONS[:COARSE])
+        guides = (self.merged(guide, n_clusters) for guide in found)
+        return max((g for g in guides if g.n_clusters == n_clusters), key=self._modularity, default=None)
+
+    def _modularity(self, guide: Guide) -> float:
+        """Newman and Girvan 2004; cells without a cluster are one of their own."""
+        labels = np.where(guide.labels < 0, guide.n_clusters, guide.labels)
+        return self.graph.modularity(labels, weights=self.weights)
+
     def merged(self, guide: Guide, n_clusters: int) -> Guide:
         """Merge the two clusters with most links, against what chance would link, until so many are left."""
         n = guide.n_clusters
