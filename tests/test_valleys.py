@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from sccvae.train.valleys import LOOKED_AT, united, valley
+from sccvae.train.valleys import GRID, LOOKED_AT, NARROWEST, _density, united, valley
 
 
 def two(distance, sizes=(1000, 1000), d=4, seed=0):
@@ -25,6 +25,14 @@ def test_between_two_normals_it_is_as_the_density_says(distance):
     density = norm.pdf(x, 0, spread) + norm.pdf(x, distance, spread)
     assert valley(*two(distance, d=1)) == pytest.approx(density.min() / density.max(), abs=0.04)
     assert valley(*two(distance)) == pytest.approx(density.min() / density.max(), abs=0.08)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 0.3])
+def test_density_is_a_sum_of_normals(spread):
+    at = np.random.default_rng(0).normal(np.repeat([0, 1], 500), spread)
+    wide = max(1.06 * at.std() * 1000**-0.2, NARROWEST)
+    wanted = norm.pdf(GRID[:, None], at, wide).mean(1) * (GRID[1] - GRID[0])
+    np.testing.assert_allclose(_density(at), wanted, atol=0.005 * wanted.max())
 
 
 def test_halves_of_one_normal_have_none():

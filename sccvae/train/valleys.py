@@ -14,6 +14,8 @@ SHRINKAGE = 0.1
 #: Places on the line where the density is told: the medians of the clusters are at 0 and 1.
 STEP, START, END = 0.0125, -2.0, 3.0
 GRID = np.arange(START + STEP / 2, END, STEP)
+#: Where the peak of each cluster is looked for.
+SIDES = abs(GRID) <= 0.5, abs(GRID - 1) <= 0.5
 #: Narrowest normal that a cell is spread over, on the same scale.
 NARROWEST = 0.05
 
@@ -67,7 +69,7 @@ def _height(a: list[_Half], b: list[_Half]) -> float:
         for some, x in zip(looked_at, at, strict=True):
             some.append((x - start) / (end - start))
     density = sum(_density(np.concatenate(some)) for some in looked_at)
-    left, right = (np.where(side, density, -1).argmax() for side in (GRID <= 0.5, GRID >= 0.5))
+    left, right = (np.where(side, density, -1).argmax() for side in SIDES)
     return float(density[left : right + 1].min() / min(density[left], density[right]))
 
 
