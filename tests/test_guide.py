@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.stats import entropy
 from sklearn.metrics import adjusted_rand_score
 
 from sccvae.train.guide import (
@@ -15,10 +18,12 @@ from sccvae.train.guide import (
     Communities,
     Guide,
     by_size,
+    grouped,
     medoid,
     neighbor_graph,
     principal_components,
 )
+from sccvae.train.mixture import _guide
 
 SIZES = [60, 50, 40, 30, 20]
 
@@ -178,6 +183,68 @@ def test_even_ones_have_the_highest_modularity(monkeypatch):
             if other.n_clusters == 3:
                 assert modularity(found.labels) >= modularity(other.labels) - 1e-9
     assert communities.even(200) is None
+
+
+def told(links, group):
+    """What the groups at the two ends of an edge tell of each other, in nats."""
+    one_hot = np.eye(group.max() + 1)[group]
+    joint = one_hot.T @ links @ one_hot
+    return entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint.ravel())  # it makes each sum to 1
+
+
+@pytest.mark.parametrize("n_groups", [2, 3])
+def test_groups_tell_most_of_all_partitions(n_groups):
+    links = np.random.default_rng(n_groups).random((8, 8)) ** 4
+    links = links + links.T
+    group = grouped(links, n_groups, seed=1)
+    assert len(np.unique(group)) == n_groups
+    others = (np.array(g) for g in itertools.product(range(n_groups), repeat=8) if len(set(g)) == n_groups)
+    assert max(told(links, other) for other in others) <= told(links, group) + 1e-12
+
+
+def test_as_many_groups_as_nodes():
+    links = np.ones((3, 3)) + np.eye(3)
+    assert set(grouped(links, 3)) == {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def many_and_few():
+    """Eight hundred cells along a bar and a hundred in a square far from it."""
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.uniform(0, (8, 1), (800, 2)), rng.uniform((20, 0), (21, 1), (100, 2))])
+
+
+def with_the_few(labels):
+    """How many cells are of the cluster that most of the few are of."""
+    return (labels == np.bincount(labels[800:] + 1).argmax() - 1).sum()
+
+
+def test_blocks_part_what_is_many(many_and_few):
+    communities = Communities(neighbor_graph(many_and_few), 3)
+    found = communities.blocks(2)
+    assert found.n_clusters == 2
+    assert 300 < with_the_few(found.labels) < 600
+    assert communities.blocks(2, like=found).n_clusters == 2
+    assert communities.blocks(200) is None
+
+
+@pytest.mark.parametrize("support", ["unit", "real", "counts"])
+def test_blocks_guide_values_from_0_to_1(many_and_few, support):
+    module = SimpleNamespace(likelihood=SimpleNamespace(support=support), n_components=2)
+    none = np.full(900, -1)
+    few = with_the_few(_guide([many_and_few], none, None, module, False, 0).labels)
+    assert 300 < few < 600 if support == "unit" else few == 100
+    module.n_components = 6  # more than valleys part
+    found = _guide([many_and_few], none, None, module, False, 0)
+    assert (found.labels == Communities.of([many_and_few], 0).with_clusters(6).labels).all()
+
+
+def test_blocks_find_blobs(blobs):
+    graph, labels = blobs
+    found = Communities(graph).blocks(len(SIZES))
+    got = found.labels >= 0
+    assert got.mean() > 0.95  # not those of tiny pieces
+    assert adjusted_rand_score(labels[got], found.labels[got]) == 1
 
 
 def test_same_seed_same_communities_and_random_state_left_alone(blobs):

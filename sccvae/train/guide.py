@@ -6,10 +6,12 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import igraph
 import numpy as np
 from scipy import sparse
+from scipy.special import entr
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
@@ -25,6 +27,8 @@ MAX_CELLS = 60_000
 RESOLUTIONS, COARSE = tuple(0.7 * 1.25**i for i in range(13)), 7
 #: Random orders that are tried at most, and cells of all of them together.
 MOST_ORDERS, ORDERS_CELLS = 5, 200_000
+#: For blocks: communities for each of them at least, resolutions that have so many, random starts.
+PIECES, PARTITIONS, STARTS = 3, 3, 20
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
 
@@ -226,6 +230,23 @@ class Communities:
         labels = np.where(guide.labels < 0, guide.n_clusters, guide.labels)
         return self.graph.modularity(labels, weights=self.weights)
 
+    def blocks(self, n_clusters: int, like: Guide | None = None) -> Guide | None:
+        """So many clusters, rather of even sizes too, or None if the cells do not fall into so many.
+
+        Fine communities are grouped as a block model has it (:func:`grouped`): as each edge counts, it parts what is
+        many where valleys would not. Of several resolutions and random orders the guide most like another guide; or
+        else most like the other ones.
+        """
+        guides = []
+        for seed in self._orders:
+            fine = (self.at(resolution, seed) for resolution in RESOLUTIONS)
+            enough = list(islice((guide for guide in fine if guide.n_clusters >= PIECES * n_clusters), PARTITIONS))
+            for pieces in enough or [self.at(RESOLUTIONS[-1], seed)]:
+                if pieces.n_clusters >= n_clusters:
+                    group = grouped(self._links(pieces), n_clusters, self.seed)
+                    guides.append(by_size(np.where(pieces.labels >= 0, group[pieces.labels], -1)))
+        return medoid(guides, guides if like is None else [like]) if guides else None
+
     def merged(self, guide: Guide, n_clusters: int) -> Guide:
         """Merge the two clusters with most links, against what chance would link, until so many are left."""
         n = guide.n_clusters
@@ -243,6 +264,58 @@ class Communities:
             links = np.delete(np.delete(links, j, 0), j, 1)
             group = np.where(group == j, i, np.where(group > j, group - 1, group))
         return by_size(np.where(guide.labels >= 0, group[guide.labels], -1))
+
+
+def grouped(links: np.ndarray, n_groups: int, seed: int = 0) -> np.ndarray:
+    """Group the nodes of a small graph so that the group at one end of an edge tells most about that at the other.
+
+    This mutual information is, for each edge, the log-likelihood of a degree-corrected block model with its best
+    parameters. Nodes move to the group that raises it most until none does, from several random starts.
+
+    Parameters
+    ----------
+    links
+        Weights between each two nodes, within one on the diagonal, (n, n) symmetric.
+    n_groups
+        How many, none empty; ``n`` at most.
+    seed
+        Of the starts.
+
+    Returns
+    -------
+    Group of each node, (n,) int64.
+
+    References
+    ----------
+    Karrer and Newman 2011, Stochastic blockmodels and community structure in networks, Physical Review E 83.
+    """
+    links = links / links.sum()
+    degree = links.sum(1)
+    rng = np.random.default_rng(seed)
+    best, most = np.zeros(len(links), dtype=np.int64), -np.inf
+    for _ in range(STARTS):
+        group, moved = rng.permutation(np.arange(len(links)) % n_groups), True
+        while moved:
+            moved = False
+            for node in rng.permutation(len(links)):
+                if (group == group[node]).sum() == 1:
+                    continue
+                one_hot = np.eye(n_groups)[group]
+                one_hot[node] = 0
+                joint, to = one_hot.T @ links @ one_hot, links[node] @ one_hot
+                own, margin = joint.diagonal(), joint.sum(1) + to
+                # What the node brings to each group: to its row and column, but the diagonal once, and to the margins.
+                gain = 2 * (entr(joint) - entr(joint + to)).sum(1)
+                gain += 2 * entr(own + to) - entr(own) - entr(own + 2 * to + links[node, node])
+                gain += 2 * (entr(margin + degree[node]) - entr(margin))
+                if gain.max() > gain[group[node]] + 1e-12:
+                    group[node], moved = gain.argmax(), True
+        one_hot = np.eye(n_groups)[group]
+        joint = one_hot.T @ links @ one_hot
+        told = 2 * entr(joint.sum(1)).sum() - entr(joint).sum()
+        if told > most:
+            best, most = group, told
+    return best
 
 
 def medoid(guides: list[Guide], others: list[Guide]) -> Guide:

@@ -22,6 +22,7 @@ from sccvae.train.few_labels import FOLDS, classes_from_few, core, mean_recall
 from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import (
     MAX_CELLS,
+    RESOLUTIONS,
     Communities,
     Guide,
     joint_graph,
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 #: Names of the phases, by their number in the history.
 PHASES = ("warm-up", "guide", "guided", "free", "free-guided")
+#: Values whose classes are rather of even sizes, as images are collected; types of cells are not. If so many classes as
+#: wanted have valleys between them, those are looked for (Fashion-MNIST: accuracy of 0.64 to 0.66, by valleys 0.57).
+EVEN = ("unit",)
 #: Times that the guide is made again, from what a classifier makes of the one before. Not where counts are clustered:
 #: on 20 sets of cells what was found again had a mean ARI of 0.55, not 0.74, and what was taken of it was no better.
 ROUNDS = 2
@@ -312,7 +316,12 @@ def _guide(
     if (known >= 0).any():
         return _spread_guide(joint_graph(views), known, module, choose, seed)
     communities = Communities.of(views, seed, beside)
-    return communities.separate() if choose else communities.with_clusters(module.n_components, before)
+    if choose:
+        return communities.separate()
+    found, n = None, module.n_components
+    if module.likelihood.support in EVEN and n <= communities.apart(RESOLUTIONS[0]).n_clusters:
+        found = communities.blocks(n, before)
+    return found or communities.with_clusters(n, before)
 
 
 def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:
