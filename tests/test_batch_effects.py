@@ -315,18 +315,45 @@ def test_anchored_batches_are_aligned_with_the_prior(make):
     module, n = make(), 20
     batch = Batch.of(torch.poisson(torch.full((n, 6), 3.0)), torch.ones(n, dtype=torch.int64))
     assert module.loss(batch)[1]["alignment"] == 0
-    noted, drawn = [], module.draw_prior
-    module.draw_prior = lambda m: noted.append(drawn(m)) or noted[-1]
-    note = module.alignment.note
-    module.alignment.note = lambda z, kinds: noted.append((z, kinds)) or note(z, kinds)
+    noted, drawn = [], module.draw_like
+    module.draw_like = lambda z, kinds: noted.append((z, drawn(z, kinds))) or noted[-1][1]
     with anchored(module):
         found = module.loss(batch)[1]["alignment"]
-    (z, kinds), (z_p, kinds_p) = noted
+    ((z, z_p),) = noted
     assert z.shape == z_p.shape == (n, 2)
-    both = None if kinds is None else torch.cat([kinds.detach(), kinds_p])
     side = torch.arange(2).repeat_interleave(n)
-    torch.testing.assert_close(found, 7.0 * batch_discrepancy(torch.cat([z, z_p]), side, 2, both))
+    torch.testing.assert_close(found, 7.0 * batch_discrepancy(torch.cat([z, z_p]), side, 2))
     assert module.loss(batch)[1]["alignment"] == 0  # and no longer
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["CVAE", "GMVAE"])
+def test_draws_are_of_the_kinds_of_the_cells(make):
+    torch.manual_seed(8)
+    module, n, k = make(), 2_000, 2
+    z = module.draw_like(torch.zeros(n, 2), torch.nn.functional.one_hot(torch.full((n,), k), 3).float())
+    if isinstance(module, GMVAE):
+        p_z = module.components(torch.randn(n, 2))
+        loc, scale = p_z.loc[:, k].mean(0), None
+    else:
+        loc, scale = module.mixture.loc[k], module.mixture.log_scale[k].exp()
+        torch.testing.assert_close(z.std(0), scale.detach(), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(z.mean(0), loc.detach(), atol=0.1, rtol=0)
+
+
+def test_each_new_batch_is_aligned_with_its_own_draws():
+    """Batches of different cells are not drawn to each other."""
+    torch.manual_seed(9)
+    module = MAKERS[0]()
+    z, other = torch.randn(16, 2), torch.randn(16, 2) + 5
+    drawn = [torch.randn(16, 2), torch.randn(16, 2) + 5]
+    index = torch.arange(2).repeat_interleave(16)
+    alignment = module.alignment
+    alignment.anchor = lambda *_: torch.cat(drawn)
+    alignment.note(torch.cat([z, other]))
+    found = alignment.penalty(Batch.of(torch.ones(32, 6), index), 1.0)["alignment"]
+    side = torch.arange(2).repeat_interleave(16)
+    each = [batch_discrepancy(torch.cat([a, b]), side, 2) for a, b in zip((z, other), drawn, strict=True)]
+    torch.testing.assert_close(found, 7.0 * sum(each) / 2)
 
 
 def test_a_model_without_alignment_can_be_anchored():
@@ -337,12 +364,18 @@ def test_a_model_without_alignment_can_be_anchored():
 
 @pytest.mark.parametrize("make", [*MAKERS, *FIXED], ids=["CVAE", "GMVAE", "fixed prior"])
 def test_draws_from_the_prior_have_its_moments(make):
-    """First and second moments, and the share of each kind, by the density on a grid."""
+    """First and second moments, by the density on a grid, of draws for cells of all kinds."""
     torch.manual_seed(7)
     module, n = make(), 40_000
-    if isinstance(module, Module) and module.mixture is not None:
+    if isinstance(module, GMVAE):
+        prior = torch.full((3,), 1 / 3)
+    elif module.mixture is None:
+        prior = None
+    else:
         torch.nn.init.normal_(module.mixture.logits)
-    z, kinds = module.draw_prior(n)
+        prior = module.mixture.logits.detach().softmax(0)
+    kinds = None if prior is None else prior.expand(n, -1)
+    z = module.draw_like(torch.zeros(n, 2), kinds)
     axis = torch.linspace(-9, 9, 181)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -353,13 +386,9 @@ def test_draws_from_the_prior_have_its_moments(make):
             density = (-(grid**2).sum(1) / 2).exp() / (2 * np.pi)
         else:
             density = module.mixture().log_prob(grid).exp()
-            share = module.mixture.logits.softmax(0)
-            torch.testing.assert_close(kinds.mean(0), share, atol=0.01, rtol=0)
     density = density / density.sum()
     for power in (1, 2):
         torch.testing.assert_close((z**power).mean(0), density @ grid**power, atol=0.05, rtol=0.03)
-    if isinstance(module, GMVAE):
-        torch.testing.assert_close(kinds.mean(0), torch.full((3,), 1 / 3), atol=0.01, rtol=0)
 
 
 def test_mixture_prior_is_its_definition():

@@ -125,7 +125,7 @@ def test_a_condition_scales_by_hand():
         layer.scale.weight[:, 1] = torch.tensor([0.7, -0.2, 0.0])
     product = h @ layer.linear.weight + layer.linear.bias
     shift = layer.condition.weight.T
-    torch.testing.assert_close(layer(h, c)[1], product[1] * torch.tensor([0.21, -0.06, 0.0]).exp() + shift[1])
+    torch.testing.assert_close(layer(h, c)[1], product[1] * torch.tensor([0.7, -0.2, 0.0]).exp() + shift[1])
     assert torch.equal(layer(h, c)[[0, 3]], before[[0, 3]])
     plain = ConditionedLinear(4, 3)
     plain.adapt()
@@ -215,6 +215,18 @@ def test_a_planted_batch_is_mapped(planted_reference):
     assert gap() < far
     assert (query.history["alignment_train"].to_numpy() != 0).all()  # with draws from p(z): there is one new batch
     assert query.module.alignment.anchor is None
+
+
+@pytest.mark.parametrize("only", list("xyz"))
+def test_cells_of_one_type_are_mapped_on_that_type(planted_reference, only):
+    """They are not drawn over all of p(z)."""
+    model, cells = planted_reference
+    query = model.load_query(cells[cells.obs["type"] == only].copy())
+    query.train(accelerator="cpu", progress_bar=False)
+    own, types = model.get_latent_representation(), model.adata.obs["type"].to_numpy()
+    apart = np.linalg.norm(query.get_latent_representation()[:, None] - own, axis=2)
+    nearest = types[apart.argsort(1)[:, :15]]
+    assert (nearest == only).mean() > 0.9
 
 
 # Missing genes

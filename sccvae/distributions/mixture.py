@@ -51,8 +51,12 @@ class NormalMixture(Distribution):
     @torch.no_grad()
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """Draw z, ``(*sample_shape, d)``."""
-        loc, log_scale, logits = self._given
-        k = Categorical(logits=logits, validate_args=False).sample(sample_shape)
+        return self.sample_of(Categorical(logits=self._given[2], validate_args=False).sample(sample_shape))
+
+    @torch.no_grad()
+    def sample_of(self, k: Tensor) -> Tensor:
+        """Draw z of the normals ``k`` (...) int64, (..., d)."""
+        loc, log_scale, _ = self._given
         return loc[k] + log_scale[k].exp() * torch.randn_like(loc[k])  # torch.normal would wait for a GPU
 
 

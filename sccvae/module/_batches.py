@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from sccvae.distributions import Likelihood, as_likelihood
 from sccvae.module._base import Batch, GenerativeModule
@@ -56,7 +57,8 @@ class Alignment:
     Attributes
     ----------
     anchor
-        Gives draws z (m, d) and the probabilities of their kinds, to align the batches with as well; None for none.
+        Gives draws (n, d), for cells z (n, d) and the probabilities of their kinds, to align each batch with instead of
+        the others; None for none.
 
     Raises
     ------
@@ -73,7 +75,7 @@ class Alignment:
             msg = f"alignment={weight} is the weight of a penalty: it must be 0 (none) or positive."
             raise ValueError(msg)
         self.weight, self.n_batch = weight if n_batch else 0.0, n_batch
-        self.anchor: Callable[[int], tuple[Tensor, Tensor | None]] | None = None
+        self.anchor: Callable[[Tensor, Tensor | None], Tensor] | None = None
         self._noted: tuple[Tensor, Tensor | None] | None = None
 
     def note(self, z: Tensor, kinds: Tensor | None = None) -> None:
@@ -93,19 +95,21 @@ class Alignment:
         if not has_come(late):
             return {"alignment": z.new_zeros(())}
         index, n_batch = batch.batch_index, self.n_batch
-        if self.anchor is not None:  # as many more, of a batch of their own
-            z_p, kinds_p = self.anchor(len(z))
-            z, index = torch.cat([z, z_p]), torch.cat([index, torch.full_like(index, n_batch)])
-            n_batch += 1
-            kinds = None if kinds is None else torch.cat([kinds, kinds_p])
-        within = of_data is not None and self.anchor is None
+        if self.anchor is not None:  # each batch with as many draws, of the kinds of its own cells
+            z = torch.cat([z, self.anchor(z.detach(), kinds)])
+            of_data = one_hot(index, n_batch).to(z.dtype).repeat(2, 1)
+            index, n_batch = torch.arange(2, device=z.device).repeat_interleave(len(index)), 2
+        within = of_data is not None
         distance = batch_discrepancy(z, index, n_batch, of_data if within else kinds, within=within)
         return {"alignment": late * self.weight * distance}
 
 
 @contextmanager
 def anchored(module: GenerativeModule) -> Iterator[None]:
-    """Inside, batches are also aligned with draws from p(z): they stand for a reference that is not at hand.
+    """Inside, each batch is aligned with draws from p(z): they stand for a reference that is not at hand.
+
+    They come from the components that the batch's own cells may come from. All of p(z) would draw cells of one type
+    over all others (453 B cells of one donor alone, mapped on seven others: 0.99 found as such, 0.73 by all of p(z)).
 
     Parameters
     ----------
@@ -120,7 +124,7 @@ def anchored(module: GenerativeModule) -> Iterator[None]:
     if alignment is None:
         yield
         return
-    alignment.anchor = module.draw_prior
+    alignment.anchor = module.draw_like
     try:
         yield
     finally:

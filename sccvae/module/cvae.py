@@ -176,13 +176,11 @@ class CVAE(LatentVariableModule):
         return draws
 
     @torch.no_grad()
-    def draw_prior(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """Draws from the prior that all conditions share, (n, d), and the responsibilities of its normals (n, K)."""
+    def draw_like(self, z: Tensor, kinds: Tensor | None) -> Tensor:
+        """Draws from normals of p(z), (n, d): for each cell of one that it may come from, by ``kinds`` (n, K)."""
         if self.mixture is None:
-            return torch.randn(n, self.encoder.loc.out_features, device=self.device), None
-        p = self.mixture()
-        z = p.sample((n,))
-        return z, p.responsibilities(z)
+            return torch.randn_like(z)
+        return self.mixture().sample_of(torch.multinomial(kinds, 1)[:, 0])
 
     @property
     def has_late_penalty(self) -> bool:

@@ -311,11 +311,11 @@ class GMVAE(EvidenceModule):
         return log_p.logsumexp(-1) - math.log(self.n_components)
 
     @torch.no_grad()
-    def draw_prior(self, n: int) -> tuple[Tensor, Tensor]:
-        """Draws of z from the mixture, (n, d), w from N(0, I), and their components, one-hot (n, K)."""
-        p_z = self.components(torch.randn(n, self.n_w, device=self.device))
-        y = torch.randint(self.n_components, (n,), device=self.device)
-        return p_z.rsample()[torch.arange(n, device=self.device), y], one_hot(y, self.n_components).to(p_z.loc.dtype)
+    def draw_like(self, z: Tensor, kinds: Tensor) -> Tensor:
+        """Draws of z from components, (n, d), w from N(0, I): for each cell of one that it may be of, by q(y|.)."""
+        p_z = self.components(torch.randn(len(z), self.n_w, device=z.device))
+        y = torch.multinomial(kinds, 1)[:, 0]
+        return p_z.rsample()[torch.arange(len(z), device=z.device), y]
 
     @property
     def has_late_penalty(self) -> bool:

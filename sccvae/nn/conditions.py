@@ -13,9 +13,6 @@ from sccvae._rows import SparseRows
 
 #: Most rows of a weight for which the way matters; of 20 both take as long.
 THIN = 16
-#: How fast scales learn beside shifts (Adam moves all weights alike). As fast as these, a query of the reference's own
-#: technology loses (cells of eight donors: labels right 0.913 in place of 0.916).
-SCALE_SPEED = 0.3
 
 
 class Conditions(nn.Module):
@@ -175,7 +172,7 @@ class ConditionedLinear(nn.Module):
     Attributes
     ----------
     scale
-        None, or after :meth:`adapt` weights S: y = exp(0.3 S c) (W h + b) + V c.
+        None, or after :meth:`adapt` weights S: y = exp(S c) (W h + b) + V c.
     """
 
     def __init__(self, n_in: int, n_out: int, n_cond: int = 0) -> None:
@@ -195,5 +192,5 @@ class ConditionedLinear(nn.Module):
         """Map h (..., n, n_in) and c (n, n_cond) to (..., n, n_out)."""
         y = self.linear(h)
         if self.scale is not None:
-            y = y * linear(c, SCALE_SPEED * self.scale.weight).exp()
+            y = y * linear(c, self.scale.weight).exp()
         return y if self.condition is None else y + linear(c, self.condition.weight)
