@@ -20,6 +20,7 @@ from sccvae.distributions import ZINB, NegativeBinomial, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
 from sccvae.module import GMVAE, VAE, Batch, anchored
+from sccvae.module._batches import one_of
 from sccvae.nn import CellKinds, batch_discrepancy
 from sccvae.nn.alignment import LEAST, WIDTHS
 from sccvae.train import batch_effects, effects
@@ -324,6 +325,15 @@ def test_anchored_batches_are_aligned_with_the_prior(make):
     side = torch.arange(2).repeat_interleave(n)
     torch.testing.assert_close(found, 7.0 * batch_discrepancy(torch.cat([z, z_p]), side, 2))
     assert module.loss(batch)[1]["alignment"] == 0  # and no longer
+
+
+def test_indices_are_drawn_by_their_probabilities():
+    torch.manual_seed(1)
+    p = torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]]).repeat_interleave(50_000, 0)
+    drawn = one_of(p).view(2, -1)
+    torch.testing.assert_close(drawn[0].bincount() / 50_000, p[0], atol=0.01, rtol=0)
+    assert (drawn[1] == 0).all()
+    assert one_of(torch.full((4, 3), torch.nan)).shape == (4,)
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=["CVAE", "GMVAE"])

@@ -36,6 +36,16 @@ def likelihood_of(likelihood: str | dict | Likelihood | None, n_batch: int | Non
     return as_likelihood(likelihood)
 
 
+@torch.no_grad()
+def one_of(probabilities: Tensor) -> Tensor:
+    """Draw an index for each row of probabilities (n, K), (n,) int64.
+
+    The first of exponential clocks to ring, as ``torch.multinomial`` does it; NaN is passed on to the loss, which says
+    what diverged, where that would fail, on a GPU for good.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
 class Alignment:
     """A penalty on how far the batches lie apart in z, as far as a mini-batch tells.
 

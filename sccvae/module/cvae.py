@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Normal
 
 from sccvae.distributions import Likelihood, NormalMixture, Observation
 from sccvae.module._base import Batch, LatentVariableModule, StandardNormal
-from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, has_come, likelihood_of
+from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, has_come, likelihood_of, one_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import MLP, CellKinds, Conditions, GaussianEncoder, check_sizes
@@ -180,7 +180,7 @@ class CVAE(LatentVariableModule):
         """Draws from normals of p(z), (n, d): for each cell of one that it may come from, by ``kinds`` (n, K)."""
         if self.mixture is None:
             return torch.randn_like(z)
-        return self.mixture().sample_of(torch.multinomial(kinds, 1)[:, 0])
+        return self.mixture().sample_of(one_of(kinds))
 
     @property
     def has_late_penalty(self) -> bool:

@@ -21,7 +21,7 @@ from sccvae.distributions import (
     kl_standard_normal,
 )
 from sccvae.module._base import Batch, EvidenceModule, StandardNormal, kl_of
-from sccvae.module._batches import Alignment, likelihood_of
+from sccvae.module._batches import Alignment, likelihood_of, one_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import encoder_input
 from sccvae.nn import MLP, Conditions, GaussianEncoder, Masking, SparseRows, check_sizes, virtual_adversarial_penalty
@@ -314,8 +314,7 @@ class GMVAE(EvidenceModule):
     def draw_like(self, z: Tensor, kinds: Tensor) -> Tensor:
         """Draws of z from components, (n, d), w from N(0, I): for each cell of one that it may be of, by q(y|.)."""
         p_z = self.components(torch.randn(len(z), self.n_w, device=z.device))
-        y = torch.multinomial(kinds, 1)[:, 0]
-        return p_z.rsample()[torch.arange(len(z), device=z.device), y]
+        return p_z.rsample()[torch.arange(len(z), device=z.device), one_of(kinds)]
 
     @property
     def has_late_penalty(self) -> bool:
