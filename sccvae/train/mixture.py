@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 #: Names of the phases, by their number in the history.
 PHASES = ("warm-up", "guide", "guided", "free", "free-guided")
 #: Values whose classes are rather of even sizes, as images are collected; types of cells are not. If so many classes as
-#: wanted have valleys between them, those are looked for (Fashion-MNIST, held out: accuracy of 0.66, 0.665, 0.60 in three
-#: seeds; by valleys 0.57 in one).
+#: wanted have valleys between them, those are looked for (Fashion-MNIST, held out: accuracy of 0.66, 0.665, 0.60;
+#: by valleys 0.57).
 EVEN = ("unit",)
 #: Times that the guide is made again, from what a classifier makes of the one before. Not where counts are clustered:
 #: on 20 sets of cells what was found again had a mean ARI of 0.55, not 0.74, and what was taken of it was no better.
