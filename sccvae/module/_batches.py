@@ -104,13 +104,14 @@ class Alignment:
         z, kinds = noted
         if not has_come(late):
             return {"alignment": z.new_zeros(())}
-        index, n_batch = batch.batch_index, self.n_batch
         if self.anchor is not None:  # each batch with as many draws, of the kinds of its own cells
-            z = torch.cat([z, self.anchor(z.detach(), kinds)])
-            of_data = one_hot(index, n_batch).to(z.dtype).repeat(2, 1)
-            index, n_batch = torch.arange(2, device=z.device).repeat_interleave(len(index)), 2
-        within = of_data is not None
-        distance = batch_discrepancy(z, index, n_batch, of_data if within else kinds, within=within)
+            side = torch.arange(2, device=z.device).repeat_interleave(len(z))
+            of_batch = one_hot(batch.batch_index, self.n_batch).to(z.dtype).repeat(2, 1)
+            distance = batch_discrepancy(torch.cat([z, self.anchor(z.detach(), kinds)]), side, 2, of_batch, within=True)
+        else:
+            within = of_data is not None
+            shown = of_data if within else kinds
+            distance = batch_discrepancy(z, batch.batch_index, self.n_batch, shown, within=within)
         return {"alignment": late * self.weight * distance}
 
 
