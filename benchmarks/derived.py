@@ -1,4 +1,7 @@
-"""Sets made of those at hand, on which no setting was chosen: two of the batches, types missing, depths apart."""
+"""Sets made of those at hand: two of the batches, types missing, depths apart; and one of many types, simulated.
+
+No setting was chosen on them, but for the width of networks by the simulated one.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from benchmarks.sets import CellSet, read, studies
 
@@ -84,6 +88,31 @@ def treated() -> ad.AnnData:
     return without(read(MERGED), "condition", stim=["B cells", "CD14+ Monocytes"], ctrl=["NK cells"])
 
 
+def many_types(n_cells: int = 8_000, n_genes: int = 2_000, n_batch: int = 4) -> ad.AnnData:
+    """60 simulated types, six to each of ten lineages, in shares of their own in each of four batches.
+
+    Negative binomial counts. A lineage changes 200 genes and a type 100 more; a batch changes all by about 1.5 times.
+    """
+    rng, n_lineages, n_types = np.random.default_rng(0), 10, 60
+
+    def changed(n_profiles: int, n_changed: int, strength: float) -> np.ndarray:
+        some = rng.random((n_profiles, n_genes)).argsort(1) < n_changed
+        return some * rng.normal(0, strength, (n_profiles, n_genes))
+
+    lineage = np.arange(n_types) // (n_types // n_lineages)
+    log_mean = rng.normal(-1, 1.5, n_genes) + changed(n_lineages, 200, 1.2)[lineage] + changed(n_types, 100, 1.5)
+    shares = (rng.dirichlet(np.full(n_types, 1.0), n_batch) + rng.dirichlet(np.full(n_types, 1.5))) / 2
+    batch = rng.integers(n_batch, size=n_cells)
+    kind = np.array([rng.choice(n_types, p=shares[b]) for b in batch])
+    mean = np.exp(log_mean[kind] + rng.normal(0, 0.4, (n_batch, n_genes))[batch])
+    mean *= np.exp(rng.normal(8.2, 0.4, n_cells))[:, None] / mean.sum(1, keepdims=True)
+    theta = np.exp(rng.normal(1, 0.7, n_genes))
+    counts = sparse.csr_matrix(rng.poisson(rng.gamma(theta, mean / theta)).astype(np.float32))
+    names = [f"cell{i}" for i in range(n_cells)]
+    obs = pd.DataFrame({"batch": batch.astype(str), "cell_type": kind.astype(str)}, index=names)
+    return ad.AnnData(counts, obs)
+
+
 DERIVED: dict[CellSet, Callable[[], ad.AnnData]] = {
     CellSet("zheng_kang", "batch"): lambda: studies((ZHENG, KANG)),
     CellSet("celseq2_smartseq2", "batch"): lambda: batches(read(PANCREAS), "celseq2", "smartseq2"),
@@ -96,4 +125,5 @@ DERIVED: dict[CellSet, Callable[[], ad.AnnData]] = {
     CellSet("sorted_apart", "batch"): sorted_apart,
     CellSet("no_effect", "batch"): no_effect,
     CellSet("many_batches", "batch"): many_batches,
+    CellSet("many_types", "batch"): many_types,
 }

@@ -12,7 +12,7 @@ from _toys import toy_counts, toy_values
 from scipy import sparse
 
 from sccvae.distributions import NegativeBinomial
-from sccvae.model import AE, CVAE, IDEC, VAE
+from sccvae.model import AE, CVAE, GMVAE, IDEC, VAE
 
 N, G = 48, 12
 
@@ -195,6 +195,19 @@ def test_settings_may_be_numpy_numbers(tmp_path):
     model.train(**FAST)
     model.save(tmp_path / "model")
     assert CVAE.load(tmp_path / "model").settings["n_latent"] == 2
+
+
+@pytest.mark.parametrize("cls", [CVAE, GMVAE])
+def test_width_by_the_number_of_cells_is_kept(cls, tmp_path, monkeypatch):
+    monkeypatch.setattr("sccvae.model._base.default_width", lambda n: 3 if n == toy_counts().n_obs else 1_000_000)
+    adata = toy_counts()
+    cls.setup_anndata(adata, batch_key="batch")
+    model = cls(adata, n_latent=2)
+    assert model.settings["n_hidden"] == model.module.decoder.n_out == 3
+    model.train(**FAST)
+    model.save(tmp_path / "model")
+    assert cls.load(tmp_path / "model").module.decoder.n_out == 3  # without data, and whatever their number is then
+    assert model.load_query(adata[:9].copy()).module.decoder.n_out == 3
 
 
 # Learning

@@ -29,7 +29,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs
+from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_width
 
 # History
 
@@ -168,6 +168,11 @@ def test_default_epochs_fall_with_the_number_of_steps():
     epochs = [default_max_epochs(steps) for steps in (1, 10, 100, 1000, 100_000)]
     assert epochs == sorted(epochs, reverse=True)
     assert epochs[0] > epochs[-1] >= 1
+
+
+def test_default_width_grows_with_the_number_of_cells():
+    widths = [default_width(n) for n in (1, 999, 1_000, 4_999, 5_000, 10**6)]
+    assert widths == [64, 64, 128, 128, 256, 256]
 
 
 # Early stopping

@@ -34,7 +34,7 @@ from sccvae.data import (
 from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._saving import SavingMixin
 from sccvae.module import Batch, GenerativeModule
-from sccvae.train import TrainingResult, batch_effects, fit
+from sccvae.train import TrainingResult, batch_effects, default_width, fit
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
     def __init__(self, adata: AnnData | None, registry: dict | None, seed: int, settings: dict[str, Any]) -> None:
         super().__init__(adata, registry)
         self.seed = int(seed)
+        if settings["n_hidden"] is None:  # what is saved tells it
+            settings["n_hidden"] = default_width(0 if adata is None else adata.n_obs)
         self.settings = settings
         self.schema = Schema.from_registry(self.registry_)
         with seeded(seed):

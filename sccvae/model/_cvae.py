@@ -54,7 +54,9 @@ class CVAE(
     likelihood
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
         (without a batch, and with the learned prior: ``"nb"``).
-    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
+    n_hidden
+        Width of the hidden layers. None for 64 below 1,000 cells, 128 below 5,000, else 256.
+    n_latent, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -76,7 +78,7 @@ class CVAE(
         alignment: float | None = None,
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
-        n_hidden: int = 128,
+        n_hidden: int | None = None,
         n_layers: int = 1,
         kl: Literal["analytic", "monte_carlo"] = "analytic",
         n_samples: int = 1,

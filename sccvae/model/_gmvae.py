@@ -57,9 +57,9 @@ class GMVAE(
         Number K of components; None lets the training choose it (with labels: one for each class).
     prior, alpha, w_prior, classifier, consistency, masking, alignment, n_w
         As for :class:`sccvae.module.GMVAE`.
-    likelihood
+    likelihood, n_hidden
         As for :class:`CVAE`.
-    n_latent, n_hidden, n_layers, activation, norm, dropout, skip, seed, registry
+    n_latent, n_layers, activation, norm, dropout, skip, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -86,7 +86,7 @@ class GMVAE(
         likelihood: str | dict | Likelihood | None = None,
         n_latent: int = 10,
         n_w: int = 10,
-        n_hidden: int = 128,
+        n_hidden: int | None = None,
         n_layers: int = 1,
         activation: str = "relu",
         norm: Literal["batch", "layer"] | None = "batch",

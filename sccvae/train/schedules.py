@@ -24,6 +24,25 @@ def default_max_epochs(steps_per_epoch: int) -> int:
     return min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(DEFAULT_STEPS / max(1, steps_per_epoch))))
 
 
+def default_width(n_cells: int) -> int:
+    """Width of the hidden layers that suits so many cells.
+
+    Few cells are learned by heart by a wide network: a type that one batch alone holds then moves to others (500 cells
+    of pancreas, beta cells 0.83, 0.75, 0.67 with 128, 0.87, 0.88, 0.77 with 64). Many cells are of many types, which a
+    narrow one lays on one another (60 simulated types in 8,000 cells: found by 0.86 of 64, 0.97 of 128, 0.99 of 256).
+
+    Parameters
+    ----------
+    n_cells
+        Cells of the data.
+
+    Returns
+    -------
+    64 below 1,000 cells, 128 below 5,000, else 256.
+    """
+    return 64 if n_cells < 1_000 else 128 if n_cells < 5_000 else 256
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Weight of the KL terms and factor of the learning rate at each optimiser step.
