@@ -172,7 +172,7 @@ def test_default_epochs_fall_with_the_number_of_steps():
 
 def test_default_width_grows_with_the_number_of_cells():
     widths = [default_width(n) for n in (1, 999, 1_000, 4_999, 5_000, 10**6)]
-    assert widths == [64, 64, 128, 128, 256, 256]
+    assert widths == [96, 96, 128, 128, 256, 256]
 
 
 # Early stopping

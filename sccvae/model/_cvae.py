@@ -55,7 +55,7 @@ class CVAE(
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
         (without a batch, and with the learned prior: ``"nb"``).
     n_hidden
-        Width of the hidden layers. None for 64 below 1,000 cells, 128 below 5,000, else 256.
+        Width of the hidden layers. None for 96 below 1,000 cells, 128 below 5,000, else 256.
     n_latent, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
         As for :class:`VAE`.
 
