@@ -96,8 +96,8 @@ def many_types(n_cells: int = 8_000, n_genes: int = 2_000, n_batch: int = 4) -> 
     rng, n_lineages, n_types = np.random.default_rng(0), 10, 60
 
     def changed(n_profiles: int, n_changed: int, strength: float) -> np.ndarray:
-        some = rng.random((n_profiles, n_genes)).argsort(1) < n_changed
-        return some * rng.normal(0, strength, (n_profiles, n_genes))
+        chosen = rng.random((n_profiles, n_genes)).argsort(1) < n_changed
+        return chosen * rng.normal(0, strength, (n_profiles, n_genes))
 
     lineage = np.arange(n_types) // (n_types // n_lineages)
     log_mean = rng.normal(-1, 1.5, n_genes) + changed(n_lineages, 200, 1.2)[lineage] + changed(n_types, 100, 1.5)
