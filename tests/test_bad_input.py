@@ -445,6 +445,13 @@ def test_sizes_of_zero(cls):
         make(adata, cls, n_hidden=0)
 
 
+@pytest.mark.parametrize("size", [2.5, "wide"])
+def test_sizes_that_are_no_whole_numbers(size):
+    for name in ("n_latent", "n_hidden"):
+        with pytest.raises(TypeError, match=f"{name}={size!r} must be a whole number, at least 1"):
+            make(toy_counts(), CVAE, **{name: size})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -86,7 +87,7 @@ def _norm(kind: str | None, width: int) -> nn.Module:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse a width below 1 under the name that the user gave it.
+    """Refuse a width that is no whole number, or below 1, under the name that the user gave it.
 
     Parameters
     ----------
@@ -95,10 +96,15 @@ def check_sizes(**sizes: int) -> None:
 
     Raises
     ------
+    TypeError
+        If a size is not a whole number.
     ValueError
         If a size is not positive.
     """
     for name, size in sizes.items():
+        if not isinstance(size, Integral):
+            msg = f"{name}={size!r} must be a whole number, at least 1."
+            raise TypeError(msg)
         if size < 1:
             msg = f"{name}={size} must be at least 1."
             raise ValueError(msg)
