@@ -449,6 +449,18 @@ def test_adversarial_penalty_trains_the_classifier_alone():
     assert virtual_adversarial_penalty(lambda v: network(v).log_softmax(-1), x).item() < before
 
 
+@pytest.mark.parametrize("stage", ["mixture", "classifier", "labels"])
+def test_batch_norms_take_no_note_of_disturbed_cells(stage):
+    """They normalise cells as they are by what they saw of those; the cells of the penalty are changed ones."""
+    module, batch = a_gmvae(norm="batch").train(), a_batch()
+    module.stage = stage
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    assert module.penalties(batch, 1.0)["consistency"] > 0
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    module.classify(batch)
+    assert any(not torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
 def test_empty_cells_are_not_disturbed():
     penalty = virtual_adversarial_penalty(linear_classifier(), torch.zeros(N, G, dtype=torch.float64))
     assert float(penalty) == 0

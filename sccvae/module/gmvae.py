@@ -24,7 +24,16 @@ from sccvae.module._base import Batch, EvidenceModule, StandardNormal, kl_of
 from sccvae.module._batches import Alignment, likelihood_of, one_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import encoder_input
-from sccvae.nn import MLP, Conditions, GaussianEncoder, Masking, SparseRows, check_sizes, virtual_adversarial_penalty
+from sccvae.nn import (
+    MLP,
+    Conditions,
+    GaussianEncoder,
+    Masking,
+    SparseRows,
+    check_sizes,
+    untracked_statistics,
+    virtual_adversarial_penalty,
+)
 from sccvae.nn.adversarial import RELATIVE_LENGTH
 
 
@@ -337,4 +346,5 @@ class GMVAE(EvidenceModule):
             z = some.library.new_zeros(len(some), self.n_latent) if self.stage == "labels" else self.encoder.mean(v, c)
             return self.log_q_y(v, z, c)
 
-        return aligned | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x, length)}
+        with untracked_statistics(self):  # what batch norms learn of changed cells spoils them for cells as they are
+            return aligned | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x, length)}

@@ -5,7 +5,7 @@ from sccvae.nn.adversarial import virtual_adversarial_penalty
 from sccvae.nn.alignment import CellKinds, batch_discrepancy
 from sccvae.nn.conditions import ConditionedLinear, Conditions, Linear, new_columns, widen
 from sccvae.nn.corruption import GaussianNoise, Masking, as_corruption
-from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen_statistics
+from sccvae.nn.mlp import ACTIVATIONS, MLP, GaussianEncoder, check_sizes, frozen_statistics, untracked_statistics
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,6 +23,7 @@ __all__ = [
     "check_sizes",
     "frozen_statistics",
     "new_columns",
+    "untracked_statistics",
     "virtual_adversarial_penalty",
     "widen",
 ]

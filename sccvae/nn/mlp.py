@@ -32,10 +32,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 class _RowNorm(nn.Module):
     """Batch norm over all leading axes, so that (samples, n, width) is normalised as (samples * n, width).
 
-    While ``frozen``, it normalises with its running statistics in training too, and leaves them as they are.
+    While ``frozen``, it normalises with its running statistics in training too, and leaves them as they are; while not
+    ``tracked``, it normalises with those of the mini-batch, and leaves the running ones as they are.
     """
 
-    frozen = False
+    frozen, tracked = False, True
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,8 +47,8 @@ class _RowNorm(nn.Module):
         """Normalise h (..., width), each column over all rows; the same shape."""
         rows, n = h.reshape(-1, h.shape[-1]), self.norm
         training = self.training and not self.frozen  # not as n(rows): it also counts its calls, which nobody reads
-        y = batch_norm(rows, n.running_mean, n.running_var, n.weight, n.bias, training, n.momentum, n.eps)
-        return y.reshape(h.shape)
+        mean, var = (n.running_mean, n.running_var) if self.tracked or not training else (None, None)
+        return batch_norm(rows, mean, var, n.weight, n.bias, training, n.momentum, n.eps).reshape(h.shape)
 
 
 @contextmanager
@@ -63,14 +64,38 @@ def frozen_statistics(net: nn.Module) -> Iterator[None]:
     ------
     None.
     """
+    with _norms_with(net, "frozen", True):
+        yield
+
+
+@contextmanager
+def untracked_statistics(net: nn.Module) -> Iterator[None]:
+    """Inside, no batch norm of ``net`` takes note of what it sees: for inputs that are no data.
+
+    Parameters
+    ----------
+    net
+        A network of :class:`MLP`.
+
+    Yields
+    ------
+    None.
+    """
+    with _norms_with(net, "tracked", False):
+        yield
+
+
+@contextmanager
+def _norms_with(net: nn.Module, name: str, value: bool) -> Iterator[None]:
     norms = [layer for layer in net.modules() if isinstance(layer, _RowNorm)]
+    before = [getattr(layer, name) for layer in norms]
     try:
         for layer in norms:
-            layer.frozen = True
+            setattr(layer, name, value)
         yield
     finally:
-        for layer in norms:
-            layer.frozen = False
+        for layer, old in zip(norms, before, strict=True):
+            setattr(layer, name, old)
 
 
 def _norm(kind: str | None, width: int) -> nn.Module:
