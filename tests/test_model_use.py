@@ -198,16 +198,26 @@ def test_settings_may_be_numpy_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("cls", [CVAE, GMVAE])
-def test_width_by_the_number_of_cells_is_kept(cls, tmp_path, monkeypatch):
-    monkeypatch.setattr("sccvae.model._base.default_width", lambda n: 3 if n == toy_counts().n_obs else 1_000_000)
+def test_sizes_by_the_number_of_cells_are_kept(cls, tmp_path, monkeypatch):
+    n_cells = toy_counts().n_obs
+
+    def sizes(n):
+        return {"n_hidden": 3, "n_latent": 2} if n == n_cells else {"n_hidden": 1_000_000, "n_latent": 1_000_000}
+
+    monkeypatch.setattr("sccvae.model._base.default_sizes", sizes)
     adata = toy_counts()
     cls.setup_anndata(adata, batch_key="batch")
-    model = cls(adata, n_latent=2)
-    assert model.settings["n_hidden"] == model.module.decoder.n_out == 3
+    model = cls(adata)
+    assert (model.settings["n_hidden"], model.settings["n_latent"]) == (3, 2)
     model.train(**FAST)
+    assert model.get_latent_representation().shape == (n_cells, 2)
     model.save(tmp_path / "model")
-    assert cls.load(tmp_path / "model").module.decoder.n_out == 3  # without data, and whatever their number is then
-    assert model.load_query(adata[:9].copy()).module.decoder.n_out == 3
+    loaded = cls.load(tmp_path / "model")  # without data, and whatever their number is then
+    assert loaded.settings == model.settings
+    assert loaded.module.decoder.n_out == 3
+    query = model.load_query(adata[:9].copy())
+    assert query.settings == model.settings
+    assert cls(adata, n_latent=4).settings["n_latent"] == 4
 
 
 # Learning

@@ -29,7 +29,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_width
+from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_sizes
 
 # History
 
@@ -170,9 +170,9 @@ def test_default_epochs_fall_with_the_number_of_steps():
     assert epochs[0] > epochs[-1] >= 1
 
 
-def test_default_width_grows_with_the_number_of_cells():
-    widths = [default_width(n) for n in (1, 999, 1_000, 4_999, 5_000, 10**6)]
-    assert widths == [96, 96, 128, 128, 256, 256]
+def test_default_sizes_follow_the_number_of_cells():
+    sizes = [tuple(default_sizes(n).values()) for n in (1, 999, 1_000, 4_999, 5_000, 10**6)]
+    assert sizes == [(64, 20), (64, 20), (128, 10), (128, 10), (256, 10), (256, 10)]
 
 
 # Early stopping

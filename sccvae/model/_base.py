@@ -34,7 +34,7 @@ from sccvae.data import (
 from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._saving import SavingMixin
 from sccvae.module import Batch, GenerativeModule
-from sccvae.train import TrainingResult, batch_effects, default_width, fit
+from sccvae.train import TrainingResult, batch_effects, default_sizes, fit
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
     def __init__(self, adata: AnnData | None, registry: dict | None, seed: int, settings: dict[str, Any]) -> None:
         super().__init__(adata, registry)
         self.seed = int(seed)
-        if settings["n_hidden"] is None:  # what is saved tells it
-            settings["n_hidden"] = default_width(0 if adata is None else adata.n_obs)
-        self.settings = settings
+        sizes = default_sizes(0 if adata is None else adata.n_obs)  # a model that is loaded has its own
+        self.settings = settings | {name: size for name, size in sizes.items() if settings[name] is None}
         self.schema = Schema.from_registry(self.registry_)
         with seeded(seed):
             self.module = self._make_module()

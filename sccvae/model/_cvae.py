@@ -54,9 +54,11 @@ class CVAE(
     likelihood
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
         (without a batch, and with the learned prior: ``"nb"``).
+    n_latent
+        Dimensions of z. None for 20 below 1,000 cells, else 10.
     n_hidden
-        Width of the hidden layers. None for 96 below 1,000 cells, 128 below 5,000, else 256.
-    n_latent, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
+        Width of the hidden layers. None for 64 below 1,000 cells, 128 below 5,000, else 256.
+    n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -77,7 +79,7 @@ class CVAE(
         encode_condition: bool = True,
         alignment: float | None = None,
         likelihood: str | dict | Likelihood | None = None,
-        n_latent: int = 10,
+        n_latent: int | None = None,
         n_hidden: int | None = None,
         n_layers: int = 1,
         kl: Literal["analytic", "monte_carlo"] = "analytic",

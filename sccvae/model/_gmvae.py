@@ -57,9 +57,9 @@ class GMVAE(
         Number K of components; None lets the training choose it (with labels: one for each class).
     prior, alpha, w_prior, classifier, consistency, masking, alignment, n_w
         As for :class:`sccvae.module.GMVAE`.
-    likelihood, n_hidden
+    likelihood, n_latent, n_hidden
         As for :class:`CVAE`.
-    n_latent, n_layers, activation, norm, dropout, skip, seed, registry
+    n_layers, activation, norm, dropout, skip, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -84,7 +84,7 @@ class GMVAE(
         masking: float = 0.0,
         alignment: float | None = None,
         likelihood: str | dict | Likelihood | None = None,
-        n_latent: int = 10,
+        n_latent: int | None = None,
         n_w: int = 10,
         n_hidden: int | None = None,
         n_layers: int = 1,

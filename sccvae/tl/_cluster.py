@@ -30,7 +30,7 @@ def cluster(
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
     size_factor_key: str | None = None,
-    n_latent: int = 10,
+    n_latent: int | None = None,
     likelihood: str | Likelihood | None = None,
     key_added: str | None = None,
     copy: bool = False,

@@ -27,7 +27,7 @@ def counterfactual(
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
     size_factor_key: str | None = None,
-    n_latent: int = 10,
+    n_latent: int | None = None,
     likelihood: str | Likelihood | None = None,
     library_size: float | Literal["latent"] | None = None,
     key_added: str = "counterfactual",

@@ -24,7 +24,7 @@ def embed(
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
     size_factor_key: str | None = None,
-    n_latent: int = 10,
+    n_latent: int | None = None,
     likelihood: str | Likelihood | None = None,
     key_added: str | None = None,
     copy: bool = False,
@@ -56,7 +56,7 @@ def embed(
     size_factor_key
         Column of ``obs`` with size factors, used in place of the sums of counts.
     n_latent
-        Number of latent dimensions.
+        Number of latent dimensions; None for the default of the model's class.
     likelihood
         As for :class:`sccvae.model.VAE`; None is its default, ``"nb"``.
     key_added

@@ -17,8 +17,6 @@ CONDITIONS = ("batch_key", "categorical_covariate_keys", "continuous_covariate_k
 #: Arguments of the jobs, by what they are handed to.
 SETUP = ("layer", "size_factor_key", "labels_key", "unlabeled_category", *CONDITIONS)
 SETTINGS = ("n_latent", "likelihood", "n_components")
-#: Arguments of the jobs that have a default, so that they do not tell what was asked for.
-DEFAULTS = ("n_latent",)
 
 
 def requested(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +89,6 @@ def trained_model(
     settings = {name: value for name, value in settings.items() if value is not None}
     if isinstance(model, BaseModel):
         given = [*setup, *settings, *(["train_options"] if train_options else [])]
-        given = [name for name in given if name not in DEFAULTS]
         if given:
             msg = f"{given} belong to a model that is still to be trained; this {type(model).__name__} has its own."
             raise ValueError(msg)

@@ -6,7 +6,7 @@ from sccvae.train.effects import batch_effects
 from sccvae.train.fit import TrainingResult, fit
 from sccvae.train.mixture import MixtureResult, fit_mixture
 from sccvae.train.plan import TrainingPlan
-from sccvae.train.schedules import Schedule, default_max_epochs, default_width
+from sccvae.train.schedules import Schedule, default_max_epochs, default_sizes
 
 __all__ = [
     "BestWeights",
@@ -18,7 +18,7 @@ __all__ = [
     "TrainingResult",
     "batch_effects",
     "default_max_epochs",
-    "default_width",
+    "default_sizes",
     "fit",
     "fit_deep_clustering",
     "fit_mixture",

@@ -24,12 +24,13 @@ def default_max_epochs(steps_per_epoch: int) -> int:
     return min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(DEFAULT_STEPS / max(1, steps_per_epoch))))
 
 
-def default_width(n_cells: int) -> int:
-    """Width of the hidden layers that suits so many cells.
+def default_sizes(n_cells: int) -> dict[str, int]:
+    """Width of the hidden layers, and latent dimensions, that suit so many cells.
 
     Few cells are learned by heart by a wide network: a type that one batch alone holds then moves to others (500 cells
-    of pancreas). Many cells are of many types, which a narrow one lays on one another (60 simulated types in 8,000
-    cells: neighbours in other batches tell 0.86 of them by 64 units, 0.97 by 128, 0.99 by 256).
+    of pancreas), and the less so, the more dimensions part it from them. Many cells are of many types, which a narrow
+    network lays on one another (60 simulated types in 8,000 cells: neighbours in other batches tell 0.86 of them by 64
+    units, 0.97 by 128, 0.99 by 256); more dimensions are no help there.
 
     Parameters
     ----------
@@ -38,9 +39,11 @@ def default_width(n_cells: int) -> int:
 
     Returns
     -------
-    96 below 1,000 cells, 128 below 5,000, else 256.
+    ``n_hidden``: 64 below 1,000 cells, 128 below 5,000, else 256; ``n_latent``: 20 below 1,000 cells, else 10.
     """
-    return 96 if n_cells < 1_000 else 128 if n_cells < 5_000 else 256
+    if n_cells < 1_000:
+        return {"n_hidden": 64, "n_latent": 20}
+    return {"n_hidden": 128 if n_cells < 5_000 else 256, "n_latent": 10}
 
 
 @dataclass(frozen=True)
