@@ -180,9 +180,9 @@ def _training_options(command: argparse.ArgumentParser, models: Sequence[str] = 
     add = command.add_argument_group("model").add_argument
     add("--model", choices=models, help=f"default: {'cvae' if 'cvae' in models else models[0]}")
     add("--likelihood", choices=("nb", "zinb", "poisson", "normal", "bernoulli"), help="default: nb")
-    text = "latent dimensions (default: 10; of cvae and gmvae 20 below 1,000 cells)"
+    text = "latent dimensions (default: 20 below 1,000 cells, else 10; ae: 10)"
     add("--n-latent", type=_positive, metavar="N", help=text)
-    text = "width of the hidden layers (default: 64 to 256, by the number of cells; ae, vae: 128)"
+    text = "width of the hidden layers (default: 64 to 256, by the number of cells; ae: 128)"
     add("--n-hidden", type=_positive, metavar="N", help=text)
     add("--n-layers", type=_positive, metavar="N", help="number of hidden layers (default: 1)")
     add = command.add_argument_group("training").add_argument

@@ -197,7 +197,7 @@ def test_settings_may_be_numpy_numbers(tmp_path):
     assert CVAE.load(tmp_path / "model").settings["n_latent"] == 2
 
 
-@pytest.mark.parametrize("cls", [CVAE, GMVAE])
+@pytest.mark.parametrize("cls", [VAE, CVAE, GMVAE])
 def test_sizes_by_the_number_of_cells_are_kept(cls, tmp_path, monkeypatch):
     n_cells = toy_counts().n_obs
 

@@ -54,11 +54,7 @@ class CVAE(
     likelihood
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
         (without a batch, and with the learned prior: ``"nb"``).
-    n_latent
-        Dimensions of z. None for 20 below 1,000 cells, else 10.
-    n_hidden
-        Width of the hidden layers. None for 64 below 1,000 cells, 128 below 5,000, else 256.
-    n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
+    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
         As for :class:`VAE`.
 
     Examples

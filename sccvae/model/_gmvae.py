@@ -57,9 +57,9 @@ class GMVAE(
         Number K of components; None lets the training choose it (with labels: one for each class).
     prior, alpha, w_prior, classifier, consistency, masking, alignment, n_w
         As for :class:`sccvae.module.GMVAE`.
-    likelihood, n_latent, n_hidden
+    likelihood
         As for :class:`CVAE`.
-    n_layers, activation, norm, dropout, skip, seed, registry
+    n_latent, n_hidden, n_layers, activation, norm, dropout, skip, seed, registry
         As for :class:`VAE`.
 
     Examples

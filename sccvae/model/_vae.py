@@ -39,9 +39,11 @@ class VAE(
         for each
         gene, 4.2.7) for log-normalised values; ``"bernoulli"`` for pixels; or an object of ``sccvae.distributions``.
     n_latent
-        Dimension of z.
-    n_hidden, n_layers
-        Width and number of hidden layers on either side.
+        Dimension of z. None for 20 below 1,000 cells, else 10.
+    n_hidden
+        Width of the hidden layers. None for 64 below 1,000 cells, 128 below 5,000, else 256.
+    n_layers
+        Number of hidden layers on either side.
     kl
         ``"analytic"`` (equation 4.13) or ``"monte_carlo"`` (equation 4.10).
     n_samples
@@ -70,8 +72,8 @@ class VAE(
         adata: AnnData | None = None,
         *,
         likelihood: str | dict | Likelihood = "nb",
-        n_latent: int = 10,
-        n_hidden: int = 128,
+        n_latent: int | None = None,
+        n_hidden: int | None = None,
         n_layers: int = 1,
         kl: Literal["analytic", "monte_carlo"] = "analytic",
         n_samples: int = 1,
