@@ -211,8 +211,8 @@ def test_embed_errors(cells, arguments, error, message):
 def test_errors_about_models_and_objects(cells, trained):
     with pytest.raises(TypeError, match="must be an AnnData object, not ndarray"):
         tl.embed(np.ones((3, 2)), "ae")
-    with pytest.raises(ValueError, match=r"\['batch_key', 'n_hidden', 'train_options'\] belong to a model that"):
-        tl.embed(cells, trained, batch_key="batch", model_options={"n_hidden": 3}, train_options=FAST)
+    with pytest.raises(ValueError, match=r"\['batch_key', 'n_latent', 'n_hidden', 'train_options'\] belong to a"):
+        tl.embed(cells, trained, batch_key="batch", n_latent=5, model_options={"n_hidden": 3}, train_options=FAST)
     model.VAE.setup_anndata(cells, layer="counts")
     with pytest.raises(ValueError, match=r"This VAE is not trained yet: run model.train\(\)"):
         tl.embed(cells, model.VAE(cells))
