@@ -445,7 +445,7 @@ def test_sizes_of_zero(cls):
         make(adata, cls, n_hidden=0)
 
 
-@pytest.mark.parametrize("size", [2.5, "wide"])
+@pytest.mark.parametrize("size", [2.5, "wide", True])
 def test_sizes_that_are_no_whole_numbers(size):
     for name in ("n_latent", "n_hidden"):
         with pytest.raises(TypeError, match=f"{name}={size!r} must be a whole number, at least 1"):

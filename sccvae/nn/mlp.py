@@ -127,7 +127,7 @@ def check_sizes(**sizes: int) -> None:
         If a size is not positive.
     """
     for name, size in sizes.items():
-        if not isinstance(size, Integral):
+        if isinstance(size, bool) or not isinstance(size, Integral):
             msg = f"{name}={size!r} must be a whole number, at least 1."
             raise TypeError(msg)
         if size < 1:

@@ -90,7 +90,10 @@ def trained_model(
     if isinstance(model, BaseModel):
         given = [*setup, *settings, *(["train_options"] if train_options else [])]
         if given:
-            msg = f"{given} belong to a model that is still to be trained; this {type(model).__name__} has its own."
+            msg = (
+                f"{given} belong to a model that is still to be trained; this {type(model).__name__} has its own: "
+                "leave them out, or name the model that is to be trained."
+            )
             raise ValueError(msg)
         if not model.is_trained:
             msg = f"This {type(model).__name__} is not trained yet: run model.train() first."
