@@ -343,6 +343,10 @@ def test_the_same_column_twice(adata):
     model = make(adata, setup={"batch_key": "batch", "categorical_covariate_keys": ["batch", "donor"]})
     works(model)
     assert model.schema.n_categories == (2, 3)
+    query = adata.copy()
+    query.obs["batch"] = "new"
+    assert model.load_query(query).schema.n_categories == (3, 3)
+    works(make(adata, setup={"batch_key": "batch", "categorical_covariate_keys": ["donor", "donor"]}))
 
 
 def test_a_constant_covariate(adata):

@@ -14,8 +14,9 @@ from _toys import toy_counts, toy_values
 from scipy import sparse
 
 from sccvae import _rows
-from sccvae.data import Cells, CellStore, ChunkLoader, Schema, check_support, read_cells, split_indices
+from sccvae.data import Cells, CellStore, ChunkLoader, Schema, check_support, match, read_cells, split_indices
 from sccvae.data import store as store_module
+from sccvae.model import CVAE
 
 N, G = 48, 12
 
@@ -214,6 +215,43 @@ def test_unknown_categories_are_named():
         schema.codes("site", pd.Series(pd.Categorical(["a", None, "b"])))
 
 
+@pytest.mark.parametrize(
+    ("known", "values", "codes"),
+    [
+        ([0.0, 1.0], [1, 0, 2], [1, 0, -1]),
+        ([0, 1], [1.0, np.nan, 0.5], [1, -1, -1]),
+        ([0, 1], ["1", "x", None], [1, -1, -1]),
+        (["nan", "b"], ["b", "nan", np.nan], [1, 0, -1]),
+        (["None", "b"], ["None", None, "b"], [0, -1, 1]),
+    ],
+)
+def test_values_are_matched_by_value_then_by_text(known, values, codes):
+    assert match(np.array(known), pd.Series(values, dtype=object)).tolist() == codes
+
+
+def test_a_missing_label_is_not_a_class_of_that_name(adata):
+    adata.obs["type"] = pd.Series(["nan", "None", None, np.nan] * 12, index=adata.obs_names, dtype=object)
+    CVAE.setup_anndata(adata, batch_key="donor", labels_key="type")
+    schema = CVAE(adata, n_latent=2, n_hidden=4).schema
+    assert schema.classes.tolist() == ["None", "nan"]
+    assert schema.label_codes(adata.obs["type"])[:4].tolist() == [1, 0, -1, -1]
+
+
+def test_one_category_is_found_by_value(adata):
+    schema = schema_of(adata, categories={"dose": np.array([0.0, 1.0])})
+    assert schema.code("dose", 1) == 1
+    for other in (2, None, [0.0]):
+        with pytest.raises(ValueError, match="is no category of"):
+            schema.code("dose", other)
+
+
+@pytest.mark.parametrize("key", ["batch_key", "labels_key"])
+def test_categories_that_cannot_be_saved_are_refused(adata, key):
+    adata.obs["bin"] = pd.cut(adata.obs["dose"], 3)
+    with pytest.raises(TypeError, match=r"obs\['bin'\] holds Interval.*neither text nor a number.*astype\(str\)"):
+        CVAE.setup_anndata(adata, **{key: "bin"})
+
+
 def test_missing_columns_are_named(adata):
     schema = schema_of(adata, **FULL)
     del adata.obs["donor"]
@@ -304,7 +342,7 @@ def test_support(make):
 # Splits
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 1001])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 25, 100, 1001])
 @pytest.mark.parametrize(
     ("train", "validation"), [(0.9, None), (1.0, None), (0.5, 0.2), (0.7, 0.3), (0.1, 0), (1 / 3, 2 / 3)]
 )

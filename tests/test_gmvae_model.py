@@ -199,6 +199,43 @@ def test_more_components_than_classes_take_numbers():
     assert set(model.predict(soft=True).columns) == set(model.component_names)
 
 
+def test_components_without_a_class_take_numbers_that_no_class_has():
+    adata = make_cells()
+    adata.obs["class"] = adata.obs["class"].astype("category").cat.codes.astype(str).replace({"0": "5", "4": "6"})
+    model = make(adata, setup={"labels_key": "class"}, n_components=7)
+    assert model.component_names == ["1", "2", "3", "5", "6", "7", "8"]
+    assert model.predict(soft=True).columns.is_unique
+    assert set(model.predict().cat.categories) == set(model.component_names)
+    assert set(model.sample(5, component="5").obs["component"]) == {"5"}
+
+
+def test_no_component_is_refused():
+    with pytest.raises(ValueError, match="n_components=0 must be at least 1"):
+        make(make_cells(), n_components=0, train=False)
+
+
+def test_the_weight_of_the_divergences_is_not_that_of_the_labels(taught):
+    """A class that is known is learned as well with a tiny KL weight."""
+    adata = make_cells()
+    setup = {"batch_key": "condition", "labels_key": "some", "unlabeled_category": "Unknown"}
+    model = make(adata, setup=setup, train=False)
+    model.train(max_epochs=30, kl_weight=0.01, **FAST)
+    found = [(m.predict().astype(str) == adata.obs["class"].astype(str)).mean() for m in (taught, model)]
+    assert min(found) > 0.9
+
+
+def test_a_training_that_chose_the_number_of_components_can_be_called_again(tmp_path):
+    adata = make_cells()
+    model = make(adata, train=False)
+    for _ in range(2):
+        model.train(max_epochs=3, checkpoint_dir=tmp_path, **FAST)
+        weights = {k: v.clone() for k, v in model.module.state_dict().items()}
+    fresh = make(adata, train=False)
+    fresh.train(max_epochs=3, checkpoint_dir=tmp_path, **FAST)
+    assert model.n_components == fresh.n_components > 1
+    assert all(torch.equal(v, weights[k]) for k, v in fresh.module.state_dict().items())
+
+
 def test_labels_that_cannot_be_used_raise():
     adata = make_cells(6)
     GMVAE.setup_anndata(adata, labels_key="class")

@@ -310,6 +310,20 @@ def test_a_gene_is_the_same_missing_or_never_there(cvae):
     assert np.array_equal(*found)
 
 
+def test_dispersions_of_missing_genes_are_those_of_the_known_batches():
+    model = make(CVAE, toy_counts())
+    query = model.load_query(query_of(genes=[f"gene{j}" for j in range(9)]))
+    theta = query.module.likelihood.log_theta.detach()
+    assert torch.allclose(theta[2, 9:], theta[:2, 9:].mean(0), atol=1e-6)
+    assert not torch.allclose(theta[2, :9], theta[:2, :9].mean(0), atol=1e-2)
+
+
+def test_mapping_leaves_the_global_random_state_alone(cvae):
+    before = torch.random.get_rng_state()
+    cvae.load_query(query_of())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_masking_beats_zeros(planted_reference):
     """Cells that lose genes stay closer to where all genes put them than with zeros in their place."""
     model, _ = planted_reference
@@ -369,6 +383,16 @@ def test_a_query_model_comes_back(cvae, tmp_path):
     again.train(**FAST)
     assert again.schema.categories["batch"].tolist() == ["a", "b", "new", "newer"]
     assert np.array_equal(again.get_latent_representation(cells), found)
+
+
+def test_what_a_query_prints(cvae, tmp_path):
+    query = cvae.load_query(query_of(genes=[f"gene{j}" for j in range(9)]))
+    query.train(**FAST)
+    query.save(tmp_path / "query")
+    for one in (query, sccvae.model.load(tmp_path / "query")):
+        assert "n_hidden=8" in one._model_summary_string
+        assert "new in obs['batch']: ['new']; 3 of 12 genes (25%) are missing" in one._model_summary_string
+    assert "new in obs" not in cvae._model_summary_string
 
 
 def test_a_query_that_an_earlier_version_saved(cvae, tmp_path):
@@ -609,6 +633,67 @@ def test_categories_keep_their_type():
     adata.obs["batch"] = adata.obs["treated"]
     query = make(CVAE, adata).load_query(query_of(batch=7))
     assert query.schema.categories["batch"].tolist() == [0, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("known", "new", "categories"),
+    [
+        ([0, 1], [0.0, 1.0], [0, 1]),
+        ([0, 1], [1.0, 2.0], [0, 1, 2]),
+        ([0, 1], [0.5, 1.0], [0.0, 1.0, 0.5]),
+        ([0.0, 1.0], [1, 5], [0.0, 1.0, 5.0]),
+        ([False, True], [1, 2], [False, True, 2]),
+        (np.array([0, 1], np.int8), [0, 300], [0, 1, 300]),
+        ([0, 1], ["1", "x"], [0, 1, "x"]),
+    ],
+)
+def test_numbers_of_another_type_are_the_same_categories(known, new, categories, tmp_path):
+    adata, cells = toy_counts(), toy_counts(seed=3)
+    adata.obs["batch"], cells.obs["batch"] = np.tile(known, 24), np.tile(new, 24)
+    query = make(CVAE, adata).load_query(cells)
+    assert query.schema.categories["batch"].tolist() == categories
+    query.train(**FAST)
+    query.save(tmp_path / "query")
+    again = sccvae.model.load(tmp_path / "query", cells)
+    assert np.array_equal(again.get_latent_representation(), query.get_latent_representation())
+
+
+@pytest.mark.parametrize("cls", [CVAE, GMVAE])
+def test_a_class_may_be_called_unknown(cls, caplog):
+    adata = planted(120)
+    adata.obs["type"] = np.where(adata.obs["type"] == adata.obs["type"].iloc[0], "unknown", "known")
+    model = make(cls, adata, setup={"batch_key": "batch", "labels_key": "type"})
+    table = model.transfer_labels(unknown_threshold=0.5)
+    assert list(table["label"].cat.categories) == list(table["best_label"].cat.categories) == ["known", "unknown"]
+    assert (table["label"] == "unknown").sum() > (table["best_label"] == "unknown").sum()
+    assert "set up with unlabeled_category='unknown'" in caplog.text
+
+
+def test_labels_are_looked_at_before_the_training(tmp_path):
+    adata = planted(120)
+    make(CVAE, adata, setup={"batch_key": "batch", "labels_key": "type"}).save(tmp_path / "m")
+    more = adata.copy()
+    more.obs["type"] = "new"
+    model = sccvae.model.load(tmp_path / "m", more)
+    before = {k: v.clone() for k, v in model.module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"holds \['new'\]"):
+        model.train(**FAST)
+    del more.obs["type"]
+    with pytest.raises(KeyError, match="no such column"):
+        model.train(**FAST)
+    assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
+
+
+@pytest.mark.parametrize("cls", [CVAE, GMVAE])
+def test_a_class_without_training_cells_does_not_spoil_the_probabilities(cls, caplog):
+    adata = planted(400)
+    adata.obs["type"] = adata.obs["type"].astype(str)
+    plain = make(cls, adata.copy(), setup={"batch_key": "batch", "labels_key": "type"})
+    adata.obs.iloc[plain.validation_indices[0], adata.obs.columns.get_loc("type")] = "rare"
+    model = make(cls, adata, setup={"batch_key": "batch", "labels_key": "type"})
+    assert "Classes ['rare'] have no training cell: their 1 held-out cells" in caplog.text
+    assert model.calibration["n_held_out"] == len(model.validation_indices) - 1
+    assert max(model.reference["transfer"]["temperatures"].values()) < 10
 
 
 # In one call

@@ -230,6 +230,27 @@ def test_resuming_another_model_is_refused(other, tmp_path):
         train(other(), checkpoint_dir=tmp_path)
 
 
+def test_settings_of_the_model_are_compared(tmp_path):
+    settings = {"alignment": None, "likelihood": {"name": "nb"}, "n_hidden": 4, "seed": 0}
+    train(an_ae(), checkpoint_dir=tmp_path, settings=settings)
+    train(an_ae(), checkpoint_dir=tmp_path, settings=dict(settings))
+    with pytest.raises(ValueError, match=r"other settings .*model's alignment.*another checkpoint_dir"):
+        train(an_ae(), checkpoint_dir=tmp_path, settings=settings | {"alignment": 0.0})
+
+
+def test_a_training_that_ran_out_of_time_goes_on(tmp_path):
+    class Enough(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = len(pl_module.rows) == 2
+
+    train(an_ae(), checkpoint_dir=tmp_path, callbacks=[Enough()])
+    rest = train(again := an_ae(), checkpoint_dir=tmp_path)
+    whole = train(once := an_ae())
+    assert same(state(again), state(once))
+    assert same_history(rest.history, whole.history)
+    assert rest.kept == whole.kept
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04not a tensor file", b"cos\nsystem\n(S'touch pwned'\ntR."])
 def test_a_damaged_checkpoint_is_refused(content, tmp_path):
     (tmp_path / FILE_NAME).write_bytes(content)

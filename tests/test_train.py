@@ -333,9 +333,29 @@ def test_weights_of_the_warm_up_are_no_candidates():
         with torch.no_grad():
             module.weight.fill_(value)
         trainer = SimpleNamespace(callback_metrics={"elbo_validation": torch.tensor(value)}, should_stop=False)
-        best.on_validation_end(trainer, SimpleNamespace(n_steps=n_steps, module=module))
+        best.on_validation_end(trainer, SimpleNamespace(n_steps=n_steps, module=module, rows=[{}] * n_steps))
         assert (best.weights is None) if kept is None else float(best.weights["weight"]) == kept
-    assert best.best == 2.0
+    assert (best.best, best.epoch) == (2.0, 20)
+
+
+@pytest.mark.parametrize(
+    "options", [{"early_stopping": False}, {"kl_warmup": 0.9}, {"restore_best": False}, {"lr": 0.3}]
+)
+def test_the_epoch_that_is_kept(options):
+    """The module has the held-out ELBO that the history has there."""
+    module = an_ae()
+    result = train(module, max_epochs=12, **options)
+    elbo = result.history["elbo_validation"].iloc[:, 0]
+    assert elbo.iloc[result.kept] == pytest.approx(square_error(module), rel=1e-5)
+    if not options.keys() & {"restore_best", "kl_warmup"}:
+        assert elbo.iloc[result.kept] == elbo.iloc[2:].min()
+
+
+@pytest.mark.parametrize("name", ["max_epochs", "batch_size"])
+@pytest.mark.parametrize("value", [2.0, 2.5, "2", True])
+def test_epochs_and_batch_size_are_whole_numbers(name, value):
+    with pytest.raises(TypeError, match=f"{name}={value!r} must be a whole number"):
+        train(an_ae(), **{name: value})
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])

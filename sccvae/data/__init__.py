@@ -1,6 +1,7 @@
 """The way from AnnData to tensors on the device."""
 
 from sccvae.data.blocks import BlockLoader, shuffled_loader
+from sccvae.data.categories import is_label, match
 from sccvae.data.confounding import confounding
 from sccvae.data.fields import Schema, anndata_fields, check_setup
 from sccvae.data.lazy import open_anndata
@@ -28,6 +29,8 @@ __all__ = [
     "confounding",
     "free_memory",
     "gigabytes",
+    "is_label",
+    "match",
     "measured",
     "open_anndata",
     "read_cells",

@@ -14,6 +14,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import fields
 
+from sccvae.data.categories import check_plain, is_label, match
 from sccvae.data.confounding import confounding
 
 
@@ -52,8 +53,10 @@ def anndata_fields(
         found.append(LabelsField(labels_key, unlabeled_category))
     if size_factor_key is not None:
         found.append(fields.NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key))
-    if categorical_covariate_keys:
-        found.append(fields.CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, list(categorical_covariate_keys)))
+    # A condition that is named twice counts once.
+    categorical = [key for key in dict.fromkeys(categorical_covariate_keys or ()) if key != batch_key]
+    if categorical:
+        found.append(fields.CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
     if continuous_covariate_keys:
         found.append(fields.NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, list(continuous_covariate_keys)))
     return found
@@ -95,7 +98,7 @@ class LabelsField(fields.BaseAnnDataField):
             classes = column.cat.remove_unused_categories().cat.categories
         else:
             classes = pd.Index(sorted(column.dropna().unique(), key=lambda v: (str(type(v)), v)))
-        classes = np.asarray([c for c in classes if str(c) != str(self.unlabeled_category)])
+        classes = np.asarray(classes[is_label(pd.Series(classes), self.unlabeled_category)].tolist())
         return {"categorical_mapping": classes, "unlabeled_category": self.unlabeled_category}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
@@ -146,7 +149,8 @@ def check_setup(
     Raises
     ------
     TypeError
-        If ``adata`` is no AnnData, keys were given as one string, or a condition mixes text with numbers.
+        If ``adata`` is no AnnData, keys were given as one string, or a condition mixes text with numbers or holds
+        neither (intervals, dates).
     KeyError
         If a layer or an ``obs`` column is missing.
     ValueError
@@ -202,6 +206,7 @@ def check_setup(
                 "these cells out."
             )
             raise ValueError(msg)
+        check_plain(adata.obs[key])
         other = [v for v in adata.obs[key].unique() if not isinstance(v, str)]
         if 0 < len(other) < adata.obs[key].nunique():
             msg = (
@@ -213,10 +218,11 @@ def check_setup(
         msg = f"unlabeled_category={unlabeled_category!r} needs labels_key, the obs column that it stands in."
         raise ValueError(msg)
     if labels_key is not None:
-        known = adata.obs[labels_key].dropna().astype(str)
-        if not (known != str(unlabeled_category)).any():
+        check_plain(adata.obs[labels_key])
+        if not is_label(adata.obs[labels_key], unlabeled_category).any():
+            n = adata.obs[labels_key].count()
             msg = (
-                f"adata.obs[{labels_key!r}] has no label at all: {len(known)} of {adata.n_obs} cells are "
+                f"adata.obs[{labels_key!r}] has no label at all: {n} of {adata.n_obs} cells are "
                 f"{unlabeled_category!r}, the others NaN. Leave labels_key out."
             )
             raise ValueError(msg)
@@ -238,7 +244,7 @@ def _warn_of_confounding(
     columns = {key: adata.obs[key] for key in categorical_covariate_keys or ()}
     if labels_key is not None:
         labels = adata.obs[labels_key].astype(object)
-        columns[labels_key] = labels.where(labels.astype(str) != str(unlabeled_category))
+        columns[labels_key] = labels.where(is_label(labels, unlabeled_category))
     found = [confounding(adata.obs[batch_key], column) for key, column in columns.items() if key != batch_key]
     found = [f"adata.obs: {sentence}" for sentence in found if sentence is not None]
     if found:
@@ -342,11 +348,12 @@ class Schema:
         ValueError
             If the condition has no such category.
         """
-        known = [str(k) for k in self.categories[key]]
-        if str(category) not in known:
+        code = match(self.categories[key], pd.Series([category], dtype=object))[0] if np.isscalar(category) else -1
+        if code < 0:
+            known = [str(k) for k in self.categories[key]]
             msg = f"{category!r} is no category of obs[{key!r}] in this model; it knows {known}."
             raise ValueError(msg)
-        return int(self.codes(key, pd.Series([category], name=key))[0])
+        return int(code)
 
     def codes(self, key: str, column: pd.Series) -> np.ndarray:
         """Codes of a column's values, (n,) int64.
@@ -356,19 +363,17 @@ class Schema:
         ValueError
             If a value is missing or was not there when the model was set up.
         """
-        known = pd.Index(self.categories[key])
-        codes = known.get_indexer(column.astype(object))
-        if (codes < 0).any():  # "1" in a file, 1 in memory: the same category
-            codes = known.astype(str).get_indexer(column.astype(str))
+        codes = match(self.categories[key], column)
         if (codes < 0).any():
             new = column[codes < 0]
             what = "missing (NaN)" if new.isna().all() else f"{sorted(set(new.dropna().astype(str)))}"
             msg = (
                 f"adata.obs[{key!r}] is {what} in {len(new)} cells, which this model has not seen; it knows "
-                f"{[str(k) for k in known]}. Leave these cells out, map them to a known category, or train with them."
+                f"{[str(k) for k in self.categories[key]]}. Leave these cells out, map them to a known category, train "
+                "with them, or map them as a query: `model.load_query(adata)`."
             )
             raise ValueError(msg)
-        return codes.astype(np.int64)
+        return codes
 
     def label_codes(self, column: pd.Series) -> np.ndarray:
         """Codes of class labels, (n,) int64; -1 for NaN and for the unlabeled category.
@@ -378,10 +383,8 @@ class Schema:
         ValueError
             If a label is not one of the classes.
         """
-        codes = pd.Index(self.classes.astype(str)).get_indexer(column.astype(object).astype(str))
-        unknown = (
-            (codes < 0) & column.notna().to_numpy() & (column.astype(str) != str(self.unlabeled_category)).to_numpy()
-        )
+        codes = match(self.classes, column)
+        unknown = (codes < 0) & is_label(column, self.unlabeled_category)
         if unknown.any():
             new = sorted(set(column[unknown].astype(str)))
             msg = (
@@ -389,4 +392,4 @@ class Schema:
                 f"{[str(c) for c in self.classes]}. Set them to NaN to leave these cells unlabelled."
             )
             raise ValueError(msg)
-        return codes.astype(np.int64)
+        return codes

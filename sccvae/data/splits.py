@@ -33,7 +33,8 @@ def split_indices(
     ValueError
         If the shares do not fit.
     """
-    validation_size = 1 - train_size if validation_size is None else validation_size
+    rest = validation_size is None
+    validation_size = 1 - train_size if rest else validation_size
     if not (0 < train_size <= 1 and validation_size >= 0 and train_size + validation_size <= 1 + 1e-9):
         msg = (
             f"train_size={train_size} and validation_size={validation_size} do not fit: train_size must be in "
@@ -42,7 +43,7 @@ def split_indices(
         )
         raise ValueError(msg)
     n_train = max(1, round(n * train_size))
-    n_validation = min(n - n_train, round(n * validation_size))
+    n_validation = n - n_train if rest else min(n - n_train, round(n * validation_size))
     order = np.random.default_rng(seed).permutation(n)
     parts = np.split(order, [n_train, n_train + n_validation])
     return tuple(np.sort(part) for part in parts)

@@ -226,8 +226,8 @@ class NegativeBinomial(_CountLikelihood):
         if self.batchwise and n_batch is None:
             asked = "dispersion='gene-batch'" if batchwise else "batch_offset=True"
             msg = (
-                f"{asked} needs a model whose decoder sees the batch: use a CVAE with batch_key and prior='fixed', or "
-                "dispersion='gene' without batch_offset."
+                f"{asked} needs a model whose decoder sees the batch: use a CVAE with batch_key and any prior but "
+                "'learned', or dispersion='gene' without batch_offset."
             )
             raise ValueError(msg)
         if self.settings["dispersion"] == "gene-cell":

@@ -74,6 +74,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         self.seed = int(seed)
         sizes = default_sizes(0 if adata is None else adata.n_obs)  # a model that is loaded has its own
         self.settings = settings | {name: size for name, size in sizes.items() if settings[name] is None}
+        self._made_with = self.settings | {"seed": self.seed}  # the training may choose the number of components
         self.schema = Schema.from_registry(self.registry_)
         with seeded(seed):
             self.module = self._make_module()
@@ -82,7 +83,11 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         if adata is not None:
             self._start_at_data(self._store(adata))
         self.module.eval()
-        text = ", ".join(f"{k}={v!r}" for k, v in settings.items())
+        self._summarise()
+
+    def _summarise(self) -> None:
+        """Make what ``print(model)`` says."""
+        text = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
         self._model_summary_string = f"sccvae {type(self).__name__}({text})\n{self.module.factors}"
 
     @abstractmethod
@@ -115,7 +120,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         batch_key
             ``obs`` column of the batch (the first condition).
         labels_key
-            ``obs`` column of class labels; NaN where a cell has none. Only the :class:`GMVAE` uses them.
+            ``obs`` column of class labels; NaN where a cell has none. A :class:`GMVAE` learns from them; the others
+            note them for :meth:`CVAE.transfer_labels`.
         size_factor_key
             ``obs`` column of positive size factors, used in place of the sum of counts.
         categorical_covariate_keys
@@ -193,7 +199,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         accelerator, devices
             As for ``lightning.Trainer``; ``"auto"`` takes an NVIDIA GPU or the CPU.
         checkpoint_dir
-            Folder for the state of the training after every epoch.
+            Folder for the state of the training after every epoch; a later call with the same settings, of this method
+            and of the model, goes on from there. A folder is for one model.
         seed
             Of the split, the mini-batch order and the noise; the same seed and device give the same bits.
         progress_bar
@@ -230,6 +237,7 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             seed=seed,
             progress_bar=progress_bar,
             callbacks=callbacks,
+            settings=self._made_with,
             **trainer_options,
         )
         self._finish_training(result)
@@ -258,6 +266,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             self.module.to(result.trainer.strategy.root_device)
         self.trainer = result.trainer
         self.history_ = result.history
+        self._summarise()
+        self.reference["kept_epoch"] = result.kept
         self.is_trained = True
 
     def _given(self, adata: AnnData | None) -> AnnData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ class ClusteringMixin:
 
     @property
     def component_names(self) -> list[str]:
-        """Names of the components: the classes of ``labels_key``, then numbers."""
-        rest = range(len(self.classes), self.n_components)
-        return [*self.classes, *(str(k) for k in rest)]
+        """Names of the components: the classes of ``labels_key``, then numbers that no class is called."""
+        classes = self.classes
+        free = (str(k) for k in count(len(classes)) if str(k) not in classes)
+        return [*classes, *islice(free, self.n_components - len(classes))]
 
     def predict(
         self,

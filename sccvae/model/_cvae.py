@@ -53,7 +53,8 @@ class CVAE(
         default).
     likelihood
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
-        (without a batch, and with the learned prior: ``"nb"``).
+        (without a ``batch_key`` for each gene and category of the first categorical covariate; without either, and with
+        the learned prior: ``"nb"``).
     n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
         As for :class:`VAE`.
 

@@ -24,6 +24,7 @@ from sccvae.model._mapping import MappingMixin
 from sccvae.model._predictive import PredictiveMixin
 from sccvae.model._sampling import SamplingMixin
 from sccvae.module import Batch
+from sccvae.nn import check_sizes
 from sccvae.train import TrainingResult, fit_mixture
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class GMVAE(
 
     def _make_module(self) -> module.GMVAE:
         settings = dict(self.settings)
-        settings["n_components"] = settings["n_components"] or max(1, len(self.classes))
+        if settings["n_components"] is None:
+            settings["n_components"] = max(1, len(self.classes))
         schema = self.schema
         return module.GMVAE(
             len(schema.var_names),
@@ -152,7 +154,7 @@ class GMVAE(
         self.reference["component_shares"] = self.predict_proba(indices=some).mean(0, dtype=np.float64).tolist()
 
     def _fit(self, store: CellStore, *, guide: np.ndarray | None, **options: Any) -> TrainingResult:
-        store = CellStore(store.cells, self._known_labels())
+        store = CellStore(store.cells, self._label_codes())
         try:
             return fit_mixture(
                 self.module,
@@ -165,10 +167,6 @@ class GMVAE(
             ).training
         finally:  # also when the training fails: weights and settings must belong together
             self.settings["n_components"] = self.module.n_components
-
-    def _known_labels(self) -> np.ndarray | None:
-        key = self.schema.labels_key
-        return None if key is None else self.schema.label_codes(self.adata.obs[key])
 
     def _guide_labels(self, guide: str | Sequence | None) -> np.ndarray | None:
         """The user's guide as codes (n,), the labels of ``labels_key`` put first."""
@@ -220,12 +218,13 @@ class GMVAE(
         ValueError
             If the component or batch is not known, or ``n`` is not positive.
         """
+        check_sizes(n=n)
         rng = np.random.default_rng([seed, 1])
         if component is None:
             shares = np.asarray(self.reference.get("component_shares") or np.ones(self.n_components))
-            self._drawn = rng.choice(self.n_components, max(n, 1), p=shares / shares.sum())
+            self._drawn = rng.choice(self.n_components, n, p=shares / shares.sum())
         else:
-            self._drawn = np.full(max(n, 1), self._component_code(component))
+            self._drawn = np.full(n, self._component_code(component))
         try:
             generated = super().sample(n, batch=batch, mean=mean, seed=seed)
             generated.obs["component"] = pd.Categorical.from_codes(self._drawn, categories=self.component_names)

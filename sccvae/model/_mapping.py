@@ -16,11 +16,21 @@ import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 
-from sccvae.data import CellStore, MaskedStore, batch_moments, check_support, measured, read_measured, split_indices
+from sccvae.data import (
+    CellStore,
+    MaskedStore,
+    batch_moments,
+    check_support,
+    is_label,
+    match,
+    measured,
+    read_measured,
+    split_indices,
+)
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
-from sccvae.model._transfer import TransferMixin
+from sccvae.model._transfer import UNKNOWN, TransferMixin
 from sccvae.module import Batch, adapt, anchored, grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
@@ -47,10 +57,10 @@ class MappingMixin(TransferMixin):
         """Make a model of the query cells ``adata`` from this trained reference; ``train()`` it next.
 
         The new model is this one with weights for the query's new categories of ``batch_key`` and the categorical
-        covariates. With ``freeze`` its ``train()`` moves these weights alone, in a few hundred steps; without new
-        categories there is nothing to train. Cells of the reference keep their latent coordinates, up to the rounding
-        of a float32. Nothing is written to ``adata``. Of the arguments of ``train``, ``max_epochs=None`` gives about
-        100 optimiser steps here, and the defaults are ``lr=0.03`` (0.0001 if not frozen), ``kl_warmup=0`` and
+        covariates. With ``freeze`` its ``train()`` moves these weights alone; without new categories there is nothing
+        to train. Cells of the reference keep their latent coordinates, up to the rounding of a float32. Nothing is
+        written to ``adata``. Of the arguments of ``train``, ``max_epochs=None`` gives about 100 optimiser steps here,
+        at least one pass over the cells, and the defaults are ``lr=0.03`` (0.0001 if not frozen), ``kl_warmup=0`` and
         ``train_size=1`` (0.9).
 
         Parameters
@@ -114,7 +124,10 @@ class MappingMixin(TransferMixin):
         query._note_combinations(store)
         query._start_dispersions(store, known)
         query.is_trained = freeze and not new_weights(query.module, known)
-        query._tell_report()
+        query._summarise()
+        report = query.query_report
+        level = logging.WARNING if report["missing_genes"] or report["unknown_labels"] else logging.INFO
+        logger.log(level, "%s.", query._report_text())
         return query
 
     @classmethod
@@ -159,6 +172,12 @@ class MappingMixin(TransferMixin):
         if self.is_query:
             self._train_query(max_epochs, **options)
         else:
+            if self._label_codes() is not None and UNKNOWN in self.schema.classes.astype(str):
+                logger.warning(
+                    "A class of obs[%r] is called %r, as transfer_labels calls what no class is like. If these cells "
+                    "have no label, set up with unlabeled_category=%r.",
+                    *(self.schema.labels_key, UNKNOWN, UNKNOWN),
+                )
             super().train(max_epochs, **options)
 
     def _train_query(
@@ -193,6 +212,7 @@ class MappingMixin(TransferMixin):
             max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
         options = defaults | options | {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
+        options["settings"] = self._made_with
         labelled = store.labels is not None
         with only_new(self.module, known, labels=labelled) if freeze else nullcontext(), anchored(self.module):
             result = fit(self.module, store, rows, held_out, **options)
@@ -260,10 +280,11 @@ class MappingMixin(TransferMixin):
                     "or leave these cells out."
                 )
                 raise ValueError(msg)
-            texts = set(known.astype(str))
-            new = sorted({v for v in column.unique() if str(v) not in texts}, key=str)
-            if new:
-                found[key] = new
+            new = column[match(known, column) < 0].unique()
+            if known.dtype.kind in "iu":  # a column of whole numbers with a gap, once, is one of floats
+                new = [int(v) if isinstance(v, float) and v.is_integer() else v for v in new]
+            if len(new):
+                found[key] = sorted(new, key=str)
         return found
 
     def _check_genes(self, adata: AnnData) -> np.ndarray:
@@ -293,17 +314,17 @@ class MappingMixin(TransferMixin):
         key = self.schema.labels_key
         if not hasattr(self.module, "classify") or key is None or key not in self.adata.obs:
             return None
-        codes = pd.Index(self.schema.classes.astype(str)).get_indexer(self.adata.obs[key].astype(object).astype(str))
-        return codes.astype(np.int64) if (codes >= 0).any() else None
+        codes = match(self.schema.classes, self.adata.obs[key])
+        return codes if (codes >= 0).any() else None
 
     def _label_report(self, adata: AnnData) -> dict[str, Any]:
         key = self.schema.labels_key
         if key is None or key not in adata.obs:
             return {"n_unlabelled": int(adata.n_obs), "unknown_labels": []}
         column = adata.obs[key]
-        none = (column.isna() | (column.astype(str) == str(self.schema.unlabeled_category))).to_numpy()
-        unknown = sorted(set(column[~none].astype(str)) - set(self.schema.classes.astype(str)))
-        return {"n_unlabelled": int(none.sum()), "unknown_labels": unknown}
+        known = is_label(column, self.schema.unlabeled_category)
+        unknown = column[known & (match(self.schema.classes, column) < 0)]
+        return {"n_unlabelled": int((~known).sum()), "unknown_labels": sorted(set(unknown.astype(str)))}
 
     def _start_dispersions(self, store: CellStore, known: Sequence[int]) -> None:
         """Start the dispersions of new batches, where they have their own, at the query's cells."""
@@ -312,8 +333,10 @@ class MappingMixin(TransferMixin):
             return
         zeros = not isinstance(likelihood, ZINB)
         theta = torch.from_numpy(batch_moments(store, len(likelihood.log_theta), zeros=zeros)[1])
+        # A gene that was not measured keeps the mean of the known batches: its stand-ins hardly vary.
+        present = getattr(store, "present", slice(None))
         with torch.no_grad():
-            likelihood.log_theta[known[0] :] = (2 * theta[known[0] :]).log()
+            likelihood.log_theta[known[0] :, present] = (2 * theta[known[0] :, present]).log()
 
     def _note_combinations(self, store: CellStore) -> None:
         """Add the query's combinations of conditions to those that generation draws from."""
@@ -326,8 +349,13 @@ class MappingMixin(TransferMixin):
         total = sum(self.reference["frequencies"])
         self.reference["frequencies"] = [share / total for share in self.reference["frequencies"]]
 
-    def _tell_report(self) -> None:
-        """Say what is new, masked or left out, in the log and in what the model prints."""
+    def _summarise(self) -> None:
+        super()._summarise()
+        if self.is_query:
+            self._model_summary_string += f"\n{self._report_text()}"
+
+    def _report_text(self) -> str:
+        """What is new, masked or left out, for the log and for what the model prints."""
         found = self.query_report
         lines = [f"query of {found['n_cells']} cells"]
         lines += [f"new in obs[{key!r}]: {values}" for key, values in found["new_categories"].items()]
@@ -338,9 +366,7 @@ class MappingMixin(TransferMixin):
             lines.append(f"{found['n_genes_left_out']} genes are not known to the reference and left out")
         if found["unknown_labels"]:
             lines.append(f"labels that the reference does not have are not used: {found['unknown_labels']}")
-        text = "; ".join(lines)
-        logger.log(logging.WARNING if missing or found["unknown_labels"] else logging.INFO, "%s.", text)
-        self._model_summary_string += f"\n{text}"
+        return "; ".join(lines)
 
 
 def _extend(registry: dict[str, Any], new: dict[str, list[Any]]) -> None:
@@ -357,9 +383,6 @@ def _extend(registry: dict[str, Any], new: dict[str, list[Any]]) -> None:
             at = list(field["state_registry"]["field_keys"]).index(key)
             field["state_registry"]["n_cats_per_key"][at] += len(values)
         known = np.asarray(state[name])
-        grown = np.array([*known.tolist(), *values], dtype=object)
-        state[name] = grown.astype(known.dtype) if known.dtype.kind in "iufb" and _all_numbers(values) else grown
-
-
-def _all_numbers(values: list[Any]) -> bool:
-    return all(isinstance(v, int | float | np.number) for v in values)
+        grown = np.empty(len(known) + len(values), dtype=object)
+        grown[:] = [*known.tolist(), *values]
+        state[name] = pd.Series(grown).infer_objects().to_numpy()  # numbers stay numbers, if all are

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sccvae import __version__
-from sccvae.data import read_cells
 from sccvae.model._card import model_card
 from sccvae.module import adapt
 
@@ -142,6 +141,7 @@ class SavingMixin:
             for name, values in content["history"].items()
         } or None
         model.is_trained = content["trained"]
+        model._summarise()
         for name, rows in content["splits"].items():
             setattr(model, name, _decode(rows))
         if adata is not None:
@@ -150,7 +150,7 @@ class SavingMixin:
 
     def _attach(self, adata: AnnData) -> None:
         """Make ``adata`` the model's data, registered as the training data were."""
-        read_cells(adata, self.schema)  # any misfit is named here
+        self._store(adata)  # any misfit is named here
         if adata.n_vars != len(self.schema.var_names):
             msg = (
                 f"adata has {adata.n_vars} genes, the model {len(self.schema.var_names)}: subset it first with "

@@ -81,11 +81,12 @@ class TransferMixin:
         bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
         views = self._look(adata, indices, batch_size, known.get("genes"))
         names = known["classes"]
+        called = [*names, *{UNKNOWN}.difference(names)]
         score, log_q = against_classes(views, known)
         q = np.exp(log_softmax(log_q / known["temperature"], axis=1))
         best = q.argmax(1)
         index = self._given(adata).obs_names[self._rows(adata, indices)]
-        labels = pd.Categorical.from_codes(np.where(score > bound, len(names), best), categories=[*names, UNKNOWN])
+        labels = pd.Categorical.from_codes(np.where(score > bound, called.index(UNKNOWN), best), categories=called)
         probability = q.max(1).astype(np.float32)
         return pd.DataFrame(
             {
@@ -174,10 +175,9 @@ class TransferMixin:
     def _note_classes(self) -> None:
         """Note what is known of the classes and how held-out cells score; nothing without labels."""
         self.reference.pop("transfer", None)
-        key = self.schema.labels_key
-        if key is None:
+        codes = self._label_codes()
+        if codes is None:
             return
-        codes = self.schema.label_codes(self.adata.obs[key])
         train, held_out = self.train_indices, self.validation_indices
         views = self._look(None, train)
         names = self.component_names if "q" in views else [str(c) for c in self.schema.classes]
@@ -194,7 +194,14 @@ class TransferMixin:
         else:
             logger.warning("No cells were held out, so the probabilities of transferred labels are not calibrated.")
         views = self._look(None, held_out if len(held_out) else train, genes=known["genes"])
-        seen = own >= 0
+        # Where all cells of a class are held out, nothing is known of it: any probability of it would be wrong.
+        seen = (own >= 0) & (np.asarray(known["shares"])[own] > 0)
+        if (own[~seen] >= 0).any():
+            logger.warning(
+                "Classes %s have no training cell: their %d held-out cells are no measure of the probabilities.",
+                sorted({names[k] for k in own[~seen] if k >= 0}),
+                (own[~seen] >= 0).sum(),
+            )
         density, by_z = by_normals(views["z"], known)
         logs = {name: by_z if name == "z" else view for name, view in views.items()}
         fitted = len(held_out) > 0 and seen.any()
@@ -215,6 +222,19 @@ class TransferMixin:
                 known["temperature"],
             )
         self.reference["transfer"] = known
+
+    def _label_codes(self) -> np.ndarray | None:
+        """Class of each cell of the training data, (n,) int64, -1 for none; None without ``labels_key``."""
+        key = self.schema.labels_key
+        if key is None or self.adata is None:
+            return None
+        if key not in self.adata.obs:
+            msg = (
+                f"The model was set up with labels_key={key!r}, but adata.obs has no such column (any more). Put it "
+                "back, or set up a model without labels_key."
+            )
+            raise KeyError(msg)
+        return self.schema.label_codes(self.adata.obs[key])
 
     def _learn_genes(self, rows: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any] | None:
         """The logistic regression on the genes of training cells, (n,) rows and classes."""

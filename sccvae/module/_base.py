@@ -152,7 +152,8 @@ class GenerativeModule(nn.Module, ABC):
         batch
             The observations.
         kl_weight
-            Factor of every ``kl_*`` term: 1 gives the negative ELBO.
+            Factor of every ``kl_*`` term: 1 gives the negative ELBO. What a GMVAE learns of a known class is no
+            divergence, and has none.
         late
             Factor of those penalties that come after the KL terms (``has_late_penalty``). A tensor, as ``kl_weight``
             may be one too, is taken not to be zero: nobody waits for a device to see it.
@@ -164,7 +165,8 @@ class GenerativeModule(nn.Module, ABC):
         """
         terms = self.elbo_terms(batch)
         means = {name: term.mean() for name, term in terms.items()}
-        objective = reduce(add, (kl_weight * m if name.startswith("kl_") else m for name, m in means.items()))
+        weighted = {n: self.weighted(n, t, batch, kl_weight) for n, t in terms.items() if n.startswith("kl_")}
+        objective = reduce(add, (means | weighted).values())
         report = {name: m.detach() for name, m in means.items()}
         report["elbo"] = reduce(add, report.values())
         if self.training:
@@ -173,6 +175,11 @@ class GenerativeModule(nn.Module, ABC):
             report |= {name: p.detach() for name, p in penalties.items()}
         report["loss"] = objective.detach()
         return objective, report
+
+    def weighted(self, name: str, term: Tensor, batch: Batch, kl_weight: float | Tensor) -> Tensor:
+        """The mean over the batch of a ``kl_*`` term (n,), as it counts in the loss."""
+        del name, batch
+        return kl_weight * term.mean()
 
     def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
         """Weighted scalars that are added to the loss in training and are no part of the ELBO; none by default."""

@@ -68,8 +68,8 @@ class GMVAE(EvidenceModule):
     masking
         Probability with which an input of the encoder is set to zero while training (a denoising encoder).
     alignment
-        As for :class:`sccvae.module.CVAE`: a penalty on the distance between the batches in z, where the decoder knows
-        them (not with ``w_prior="learned"``).
+        As for :class:`sccvae.module.CVAE`, a penalty on the distance between the batches in z, where the decoder knows
+        them (not with ``w_prior="learned"``); but None is always 0.2 for each feature, at most 200.
     likelihood
         As for :class:`sccvae.module.CVAE`; None for the negative binomial, batchwise if the decoder knows a batch.
     n_latent, n_hidden, n_layers, activation, norm, dropout, skip
@@ -299,6 +299,12 @@ class GMVAE(EvidenceModule):
         if self.dirichlet:
             terms["kl_d"] = kl_dirichlet(d, torch.full_like(d, self.alpha))
         return terms
+
+    def weighted(self, name: str, term: Tensor, batch: Batch, kl_weight: float | Tensor) -> Tensor:
+        """As for every model; but where y is seen, ``kl_y`` is how well q(y|.) knows it, whatever the KL weight."""
+        if name != "kl_y" or batch.labels is None:
+            return super().weighted(name, term, batch, kl_weight)
+        return (torch.where(batch.labels >= 0, 1.0, kl_weight) * term).mean()
 
     def _seen(self, batch: Batch, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows have a label, (n, 1) bool, and their classes, (n, K) one-hot."""

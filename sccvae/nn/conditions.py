@@ -185,7 +185,9 @@ class ConditionedLinear(nn.Module):
         """Let conditions, if there are any, scale the outputs too; as long as S is zero, as here, they do not."""
         if self.condition is not None:
             n_out, n_cond = self.condition.weight.shape
-            self.scale = nn.Linear(n_cond, n_out, bias=False, device=self.condition.weight.device)
+            # skip_init: nothing is drawn, so the random state of whoever maps a query is left alone.
+            device = self.condition.weight.device
+            self.scale = nn.utils.skip_init(nn.Linear, n_cond, n_out, bias=False, device=device)
             nn.init.zeros_(self.scale.weight)
 
     def forward(self, h: Tensor | SparseRows, c: Tensor | None = None) -> Tensor:

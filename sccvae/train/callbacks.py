@@ -24,15 +24,15 @@ class BestWeights(Callback):
 
     Attributes
     ----------
-    best
-        Best value so far.
+    best, epoch
+        Best value so far, and its epoch.
     weights
         A copy of the module's state at that epoch, on its device; None before the first validation.
     """
 
     def __init__(self, monitor: str = "elbo_validation", patience: int | None = None, warmup_steps: int = 0) -> None:
         self.monitor, self.patience, self.warmup_steps = monitor, patience, warmup_steps
-        self.best, self.waited = float("inf"), 0
+        self.best, self.epoch, self.waited = float("inf"), -1, 0
         self.weights: dict[str, Tensor] | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,11 +47,16 @@ class BestWeights(Callback):
             return
         value = float(trainer.callback_metrics[self.monitor])
         if value < self.best:
-            self.best, self.waited = value, 0
+            self.best, self.epoch, self.waited = value, len(pl_module.rows), 0
             self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}
         else:
             self.waited += 1
-            trainer.should_stop |= self.patience is not None and self.waited >= self.patience
+            trainer.should_stop |= self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether patience is over."""
+        return self.patience is not None and self.waited >= self.patience
 
     def restore(self, module: torch.nn.Module) -> None:
         """Give the module its best weights back."""

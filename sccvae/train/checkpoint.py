@@ -45,9 +45,11 @@ class ResumableTraining(Checkpoint):
             self.write(pl_module, finished=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the training has ended by itself."""
+        """Note that the training has ended by itself; one that ran out of time (``max_time=``) goes on later."""
+        finished = len(pl_module.rows) >= self.settings["max_epochs"]
+        finished |= any(getattr(c, "ended", False) for c in trainer.callbacks)
         if trainer.is_global_zero:
-            self.write(pl_module, finished=True)
+            self.write(pl_module, finished=finished)
 
     def write(self, plan: TrainingPlan, *, finished: bool) -> None:
         """Write everything to a temporary file, then put it in the place of the last one."""
@@ -65,7 +67,7 @@ class ResumableTraining(Checkpoint):
             "finished": finished,
         }
         if self.best is not None:
-            header |= {"best": self.best.best, "waited": self.best.waited}
+            header |= {"best": self.best.best, "best_epoch": self.best.epoch, "waited": self.best.waited}
             tensors |= {f"best/{k}": v for k, v in (self.best.weights or {}).items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
@@ -117,8 +119,9 @@ class ResumableTraining(Checkpoint):
         plan.n_steps, plan.rows = header["n_steps"], header["rows"]
         torch.random.set_rng_state(tensors["rng"])
         if "rng_cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng_cuda"])
+            torch.cuda.set_rng_state_all([tensors["rng_cuda"]] * torch.cuda.device_count())  # whichever will train
         if self.best is not None:
             self.best.best, self.best.waited = header["best"], header["waited"]
+            self.best.epoch = header.get("best_epoch", -1)
             self.best.weights = part["best"] or None
         return header["finished"]

@@ -18,7 +18,7 @@ from sccvae.module.idec import IDEC
 from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import MAX_CELLS, Communities, Guide, principal_components
 from sccvae.train.passes import over_cells, some_rows
-from sccvae.train.phases import Phases, at_stage
+from sccvae.train.phases import Phases, at_stage, drawn_with
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,9 @@ def fit_deep_clustering(
     epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
     options |= {"batch_size": batch_size, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
+    if choose_components:  # a training before this one may have chosen
+        with drawn_with(seed):
+            module.set_components(1)
     with at_stage(module, "pretraining"):
         result = phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
     if result.interrupted:
@@ -106,8 +109,7 @@ def fit_deep_clustering(
         views.append(principal_components(store.cells.x[rows], None))
     if choose_components:
         found = Communities.of(views, seed).separate()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with drawn_with(seed):
             module.set_components(found.n_clusters)
     elif init == "kmeans":
         found = _k_means(z, module.n_components, seed)
@@ -155,7 +157,12 @@ class TargetDistribution(Callback):
         before = self.labels
         self._update(pl_module.module)
         self.changed.append(float((self.labels != before).mean()))
-        trainer.should_stop |= self.changed[-1] < self.tolerance
+        trainer.should_stop |= self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether labels are stable."""
+        return self.changed[-1] < self.tolerance
 
     def _update(self, module: IDEC) -> None:
         total = torch.zeros_like(module.frequencies, dtype=torch.float64)

@@ -20,6 +20,7 @@ from lightning import Callback, Trainer
 from sccvae._recording import Recorder
 from sccvae.data import CellStore, ChunkLoader, resident, shuffled_loader
 from sccvae.module import GenerativeModule
+from sccvae.nn import check_sizes
 from sccvae.train.callbacks import BestWeights, CellsBar
 from sccvae.train.checkpoint import ResumableTraining
 from sccvae.train.plan import TrainingPlan
@@ -47,11 +48,14 @@ class TrainingResult:
         Whether Ctrl-C ended it.
     trainer
         Lightning's trainer; None if a finished training was read from disk.
+    kept
+        The epoch whose weights the module has.
     """
 
     history: dict[str, pd.DataFrame]
     interrupted: bool
     trainer: Trainer | None
+    kept: int
 
 
 def fit(
@@ -77,6 +81,7 @@ def fit(
     restore_best: bool = True,
     cuda_graphs: bool = True,
     description: str = "",
+    settings: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> TrainingResult:
     """Train ``module`` in place; it ends with the weights of its best epoch, in evaluation mode, on the CPU.
@@ -121,6 +126,8 @@ def fit(
         (``on_after_backward``, ...).
     description
         What the progress bar calls this training.
+    settings
+        Those of the model (plain JSON values), which must be the same for a training to go on from its checkpoint.
     **trainer_options
         For ``lightning.Trainer``, for example ``logger=``.
 
@@ -130,12 +137,15 @@ def fit(
 
     Raises
     ------
+    TypeError
+        If ``max_epochs`` or ``batch_size`` is no whole number.
     ValueError
         If there are too few training cells, epochs or cells in a mini-batch, a checkpoint does not fit, or Apple's GPU
         is asked for and x are counts.
     FloatingPointError
         If the loss stops being finite; the module then has its best weights, or, before any validation, its first ones.
     """
+    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
         raise ValueError(msg)
@@ -157,16 +167,13 @@ def fit(
         )
         raise ValueError(msg)
     max_epochs = default_max_epochs(steps) if max_epochs is None else max_epochs
-    if max_epochs < 1:
-        msg = f"max_epochs={max_epochs} must be at least 1."
-        raise ValueError(msg)
     schedule = Schedule(steps * max_epochs, kl_weight, kl_warmup)
     plan = TrainingPlan(module, schedule, lr=lr, weight_decay=weight_decay)
     best = None
     if len(validation_rows) and (early_stopping or restore_best):
         if early_stopping and patience is None:
             patience = max(PATIENCE_EPOCHS, math.ceil(PATIENCE_STEPS / steps))
-        settled = schedule.warmup_steps * (2 if module.has_late_penalty else 1)
+        settled = min(schedule.warmup_steps * (2 if module.has_late_penalty else 1), steps * max_epochs)
         best = BestWeights(patience=patience if early_stopping else None, warmup_steps=settled)
     used = [*callbacks, *filter(None, [best])]
     if progress_bar:
@@ -179,7 +186,8 @@ def fit(
         if n_processes > 1 and checkpoint_dir is None:  # by this file forked processes give their weights back
             checkpoint_dir = stack.enter_context(TemporaryDirectory(prefix="sccvae-"))
         if checkpoint_dir is not None:
-            settings = {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+            settings = {f"model's {name}": value for name, value in (settings or {}).items()}
+            settings |= {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
             settings |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
             settings |= {"n_train": len(train_rows), "n_validation": len(validation_rows)}
             settings |= {"model": type(module).__name__, "n_weights": sum(p.numel() for p in module.parameters())}
@@ -222,14 +230,16 @@ def fit(
             raise
         finally:
             module.cpu()
-            if best is not None and restore_best and not interrupted:
+            restored = best is not None and best.weights is not None and restore_best and not interrupted
+            if restored:
                 best.restore(module)
             module.eval()
     if interrupted:
         logger.warning("Training was interrupted in epoch %d; the model keeps its current weights.", len(plan.rows) + 1)
     table = pd.DataFrame(plan.rows)
     table.index.name = "epoch"
-    return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer)
+    kept = best.epoch if restored else len(table) - 1
+    return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer, kept)
 
 
 @contextmanager

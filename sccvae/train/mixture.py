@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from sccvae.train.guide import (
     principal_components,
 )
 from sccvae.train.passes import over_cells, some_rows
-from sccvae.train.phases import Phases, at_stage
+from sccvae.train.phases import Phases, at_stage, drawn_with
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -154,6 +153,9 @@ def fit_mixture(
         monitor = MixtureMonitor(store, some_rows(train_rows, MONITORED, seed))
         return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, monitor, again, **more)
 
+    if choose_components:  # a training before this one may have chosen
+        with drawn_with(seed):
+            module.set_components(max(1, int(known.max()) + 1))
     with at_stage(module, "warmup"):
         last = phases.run("warm-up", PHASES.index("warm-up"), CellStore(cells, None), warm)
     if last.interrupted:
@@ -175,21 +177,21 @@ def fit_mixture(
     if choose_components:
         if blind and found.n_clusters == 1:
             logger.warning("All cells are one cluster: no valley parts them. To part them anyway, give n_components.")
-        with _drawn_with(seed):
+        with drawn_with(seed):
             module.set_components(max(found.n_clusters, int(known.max()) + 1))
     least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
     guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
 
     def classifier(labels: np.ndarray, epochs: float) -> TrainingResult:
         """Let q(y|.) alone learn a guide."""
-        with _drawn_with(seed):
+        with drawn_with(seed):
             module.reset_classifier()
         with at_stage(module, "classifier"):
             return phase("guide", max(least, epochs), labels, **guided)
 
     def by_labels(labels: np.ndarray, epochs: float) -> TrainingResult:
         """Let q(y|x) alone learn true labels, whatever z."""
-        with _drawn_with(seed):
+        with drawn_with(seed):
             module.reset_classifier()
         module.forget_z()
         again = _more_often(train_rows, labels, LABELLED_SHARE)
@@ -241,7 +243,7 @@ def fit_mixture(
             module.n_components,
         )
     labels = _on_cells(found, rows, known)
-    with _drawn_with(seed):
+    with drawn_with(seed):
         module.reset_classifier()
         module.place(*_moments(z, labels[rows], module.n_components))
     last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)
@@ -260,14 +262,6 @@ def fit_mixture(
         module.load_state_dict(before)
         last = phase("free-guided", min(FREE * warm, FREE_EPOCHS), labels, **free)
     return MixtureResult(last, labels[train_rows])
-
-
-@contextmanager
-def _drawn_with(seed: int):
-    """Draw weights with this seed; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _held_back(train_rows: np.ndarray, known: np.ndarray, module: GMVAE) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from lightning import Callback
 
 from sccvae.data import CellStore
@@ -96,9 +97,10 @@ class Phases:
         frame = pd.concat([*found.history.values()], axis=1) if found.history else pd.DataFrame()
         rows = getattr(watch, "per_epoch", [])
         watched = pd.DataFrame(rows, index=frame.index[len(frame) - len(rows) :])
+        kept = sum(map(len, self.frames)) + found.kept
         self.frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(number)))
         table = pd.concat(self.frames, ignore_index=True).rename_axis(index="epoch")
-        return TrainingResult({column: table[[column]] for column in table}, found.interrupted, found.trainer)
+        return TrainingResult({column: table[[column]] for column in table}, found.interrupted, found.trainer, kept)
 
 
 @contextmanager
@@ -122,3 +124,11 @@ def at_stage(module: GenerativeModule, stage: str) -> Iterator[None]:
     finally:
         module.stage = before
         module.requires_grad_(True)
+
+
+@contextmanager
+def drawn_with(seed: int) -> Iterator[None]:
+    """Inside, weights are drawn with this seed; torch's global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,68 @@
+"""Categories in ``obs``: which values are labels, which are the same, which can be saved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+
+def is_label(column: pd.Series, unlabeled_category: str | None) -> np.ndarray:
+    """Which values of a column are labels.
+
+    Parameters
+    ----------
+    column
+        Values, (n,).
+    unlabeled_category
+        Value that stands for no label, or None.
+
+    Returns
+    -------
+    (n,) bool; false for what is missing, and for ``unlabeled_category``.
+    """
+    known = column.notna().to_numpy()
+    return known if unlabeled_category is None else known & (column.astype(str) != str(unlabeled_category)).to_numpy()
+
+
+def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
+    """Where values stand among the known ones: by value, then by text (1 is 1.0, and "1", as a file may hold it).
+
+    Parameters
+    ----------
+    known
+        Categories, each once.
+    column
+        Values, (n,).
+
+    Returns
+    -------
+    (n,) int64; -1 for what is new or missing.
+    """
+    index = pd.Index(known)
+    codes = index.get_indexer(column.astype(object))
+    if (codes < 0).any():
+        codes = np.where(codes < 0, index.astype(str).get_indexer(column.astype(str)), codes)
+    return np.where(column.isna(), -1, codes).astype(np.int64)
+
+
+def check_plain(column: pd.Series) -> None:
+    """Refuse categories that cannot be saved with a model, as the intervals of ``pd.cut``.
+
+    Parameters
+    ----------
+    column
+        A column of ``obs``.
+
+    Raises
+    ------
+    TypeError
+        If a value is neither text nor a number.
+    """
+    other = [v for v in column.dropna().unique() if not isinstance(v, str | bool | int | float | np.generic)]
+    if other:
+        at = f"adata.obs[{column.name!r}]"
+        msg = (
+            f"{at} holds {other[0]!r} ({type(other[0]).__name__}), which is neither text nor a number. Make all of "
+            f"them text: `{at} = {at}.astype(str)`."
+        )
+        raise TypeError(msg)
