@@ -150,3 +150,9 @@ def test_views_and_unknown_genes(model):
     other.var_names = [f"x{g}" for g in other.var_names]
     with pytest.raises(ValueError, match="genes of adata are not known to the model"):
         model.correct(other)
+
+
+def test_a_layer_that_no_file_can_hold_is_refused(model):
+    with pytest.raises(ValueError, match="key_added='a/b': .* choose a key without it"):
+        model.correct(key_added="a/b")
+    assert "a/b" not in model.adata.layers

@@ -80,9 +80,11 @@ def test_an_array_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("name", ["ae", "vae-nb", "cvae-learned"])
 def test_models_that_cannot_change_the_batch_say_so(name):
-    with pytest.raises(
-        ValueError, match=r"transform_batch='a': this .* does not decode from the batch.*CVAE.*prior='fixed'"
-    ):
+    message = (
+        "transform_batch='a': this .* does not decode from the batch. Use a CVAE with any prior but 'learned' or a "
+        "GMVAE with w_prior='fixed'.*, with batch_key="
+    )
+    with pytest.raises(ValueError, match=message):
         trained(name).get_normalized_expression(transform_batch="a")
 
 
@@ -105,6 +107,40 @@ def test_n_samples_average_over_the_posterior():
     np.testing.assert_allclose(many.sum(1), 1, rtol=1e-4)
     with pytest.raises(ValueError, match="n_samples=0 must be at least 1"):
         model.get_normalized_expression(n_samples=0)
+    for n_samples in (2.5, "2", True):
+        for call in (model.get_normalized_expression, model.correct, model.posterior_predictive_check):
+            with pytest.raises(TypeError, match=f"n_samples={n_samples!r} must be a whole number"):
+                call(n_samples=n_samples)
+    two = model.get_normalized_expression(n_samples=np.int64(2), return_numpy=True)
+    np.testing.assert_array_equal(two, single)
+
+
+@pytest.mark.parametrize("size", [np.inf, np.nan, -1.0, True, None, "own", np.full(3, 1e4)], ids=str)
+def test_a_library_size_is_a_number(size):
+    model = make(CVAE, toy_counts(), train=False)
+    message = "library_size=.* must be a positive number or 'latent', which is each cell's own"
+    with pytest.raises(ValueError, match=message):
+        model.get_normalized_expression(library_size=size)
+    if size is not None:  # 10,000 there
+        with pytest.raises(ValueError, match=message):
+            model.correct(library_size=size)
+    assert not model.adata.layers
+
+
+def test_genes_from_a_generator():
+    model = trained("cvae-nb")
+    some = model.get_normalized_expression(gene_list=(f"gene{j}" for j in (3, 0)))
+    pd.testing.assert_frame_equal(some, model.get_normalized_expression(gene_list=["gene3", "gene0"]))
+    with pytest.raises(ValueError, match=r"The model has no genes \['nonsense'\]"):
+        model.get_normalized_expression(gene_list=(name for name in ("gene1", "nonsense", "gene2")))
+
+
+@pytest.mark.parametrize("name", ["ae", "idec"])
+def test_a_deterministic_encoder_has_no_draws_to_differ(name):
+    model = trained(name)
+    with pytest.raises(ValueError, match=r"sd=True: .* has a deterministic encoder"):
+        model.correct(sd=True, n_samples=5)
+    assert not model.adata.layers
 
 
 # The learned prior

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _models import make, trained
+from _models import FAST, make, trained
 from _toys import toy_counts
 from anndata import AnnData
 from scipy import sparse
 
-from sccvae import tl
+from sccvae import pl, tl
 from sccvae.metrics import r_squared_of_means
 from sccvae.model import CVAE, GMVAE, VAE
 
@@ -110,7 +110,8 @@ def test_a_category_without_cells_was_not_learned():
 
 
 def test_a_decoder_without_conditions_says_so():
-    with pytest.raises(ValueError, match=r"this CVAE does not decode from conditions .*prior='fixed'.*predict_pert"):
+    message = "this CVAE does not decode from conditions .*any prior but 'learned'.*w_prior='fixed'.*predict_pert"
+    with pytest.raises(ValueError, match=message):
         trained("cvae-learned").predict_counterfactual(condition={"batch": "a"})
     assert not hasattr(trained("vae-nb"), "predict_counterfactual")
 
@@ -296,6 +297,21 @@ def test_check_by_hand():
         assert (table[f"{name}_inside"] == inside).all()
     with pytest.raises(ValueError, match="band=1"):
         model.posterior_predictive_check(band=1)
+
+
+def test_check_leaves_out_the_genes_that_a_query_lacks():
+    model, cells = trained("cvae-nb"), toy_counts(seed=3)
+    has = ~np.isin(np.arange(12), [1, 4, 6])
+    query = model.load_query(cells[:, has].copy())
+    query.train(**FAST)
+    table = query.posterior_predictive_check(n_samples=10, progress_bar=False)
+    assert list(table.index) == list(cells.var_names[has])
+    np.testing.assert_allclose(table["mean"], cells.X.toarray()[:, has].mean(0), rtol=1e-6)
+    assert table["mean_inside"].dtype == bool
+    pl.posterior_predictive(table)
+    assert query.posterior_predictive_sample().shape == (48, 12)
+    whole = query.posterior_predictive_check(toy_counts(), n_samples=10, progress_bar=False)
+    assert list(whole.index) == list(cells.var_names)  # cells of the reference have all
 
 
 def test_check_tells_a_fitting_likelihood_from_another():

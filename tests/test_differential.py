@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from _models import make, trained
+import torch
+from _models import FAST, make, toy_for, trained
 from anndata import AnnData
 from scipy import sparse, stats
 
@@ -65,21 +66,29 @@ def test_a_difference_of_batches_is_none_of_groups(planted):
     assert own["is_de_fdr_0.05"].mean() > 0.2
 
 
-@pytest.mark.parametrize("name", ["cvae-nb", "vae-poisson", "cvae-normal"])
+def expected(model) -> np.ndarray:
+    """Mean of p(x|z,c) of each cell over draws of z, (n, genes)."""
+    batch = next(model._stream(None))
+    with torch.no_grad():
+        q = model.module.inference(batch)["z"]
+        return sum(model.module.generative({"z": q.sample()}, batch).mean.double().numpy() for _ in range(200)) / 200
+
+
+@pytest.mark.parametrize("name", ["cvae-nb", "cvae-zinb", "vae-poisson", "cvae-normal"])
 def test_estimates_by_hand(name):
     """Mean and standard error against their closed forms: ratio estimates, errors by linearisation."""
     model = trained(name)
     adata, counts = model.adata, name != "cvae-normal"
-    size = {"library_size": "latent"} if counts else {}
     batches = ["a", "b"] if name.startswith("cvae") else None
     many = {"n_samples": 200, "return_numpy": True}
     h = model.get_normalized_expression(transform_batch=batches, **many).astype(float)
-    own = model.get_normalized_expression(**size, **many).astype(float)
+    own = expected(model)
     x = np.asarray(adata.X.todense() if counts else adata.X, dtype=float)
     options = {"groupby": "donor", "group1": "d1", "group2": "d2", "pseudocounts": 1e-9, **QUIET}
     tables = [model.differential_expression(seed=seed, **options).loc[adata.var_names] for seed in range(10)]
     estimate = np.mean([t["lfc_raw"] for t in tables], axis=0)
     error = np.mean([t["lfc_error"] for t in tables], axis=0)
+    scale = np.mean([t["scale1"] for t in tables], axis=0)
     wanted, variance = [], 0
     for donor in ("d1", "d2"):
         cells = (adata.obs["donor"] == donor).to_numpy()
@@ -93,10 +102,27 @@ def test_estimates_by_hand(name):
             wanted.append((a + o - e).mean(0))
             variance = variance + (a + o - e).var(0) / len(a)
     np.testing.assert_allclose(estimate, wanted[0] - wanted[1], atol=0.08)
+    np.testing.assert_allclose(np.log2(scale) if counts else scale, wanted[0], atol=0.08)
     floor = 0
     if counts:
         floor = sum(1 / (x[(adata.obs["donor"] == d).to_numpy()].sum(0) + 0.5) for d in ("d1", "d2")) / np.log(2) ** 2
     np.testing.assert_allclose(error, np.sqrt(np.maximum(variance, floor)), rtol=0.12)
+
+
+def test_dropout_of_a_batch_is_none_of_groups():
+    """Two batches alike, but in one of them a third of the genes is lost from every other cell."""
+    rng = np.random.default_rng(0)
+    batch = rng.integers(0, 2, N)
+    rate = np.exp(rng.normal(1.5, 0.5, 60) + 0.4 * rng.normal(size=(N, 2)) @ rng.normal(size=(2, 60)))
+    lost = (rng.random((N, 60)) < 0.5) & (batch == 1)[:, None] & (np.arange(60) < 20)
+    obs = pd.DataFrame({"batch": np.array(["a", "b"])[batch]}, index=[f"cell{i}" for i in range(N)])
+    adata = AnnData(sparse.csr_matrix(np.where(lost, 0, rng.poisson(rate)).astype(np.float32)), obs=obs)
+    CVAE.setup_anndata(adata, batch_key="batch")
+    model = CVAE(adata, likelihood="zinb", n_latent=4, n_hidden=32)
+    model.train(40, progress_bar=False, accelerator="cpu", lr=4e-3)
+    table = model.differential_expression(groupby="batch", group1="a", group2="b", **QUIET).loc[adata.var_names]
+    assert not table["is_de_fdr_0.05"].any()
+    assert abs(table["lfc_raw"][:20].mean() - table["lfc_raw"][20:].mean()) < 0.3  # 1 in the counts
 
 
 def test_shrinkage_of_a_known_mixture():
@@ -147,6 +173,38 @@ def test_what_was_observed():
             np.testing.assert_allclose(part[f"non_zeros_proportion{k}"], (group > 0).mean().loc[part.index])
             scaled = group.div(group.sum(axis=1), axis=0) * 1e4
             np.testing.assert_allclose(part[f"raw_normalized_mean{k}"], scaled.mean().loc[part.index], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cvae-nb", "cvae-normal"])
+def test_genes_that_a_query_lacks(name):
+    """The decoded change alone, as far as the model tells; nothing that was observed."""
+    reference, counts = trained(name), name == "cvae-nb"
+    cells = toy_for("nb" if counts else "normal")
+    has = ~np.isin(np.arange(cells.n_vars), [1, 4, 6])
+    query = reference.load_query(cells[:, has].copy())
+    query.train(**FAST)
+    names, lost, seen = cells.var_names, cells.var_names[~has], cells.var_names[has]
+    options = {"groupby": "donor", "group1": "d1", "group2": "d2", "pseudocounts": 1e-9, **QUIET}
+    tables = [query.differential_expression(seed=seed, **options).loc[names] for seed in range(20)]
+    h = query.get_normalized_expression(transform_batch=["a", "b"], n_samples=200)
+    means = [h[(cells.obs["donor"] == donor).to_numpy()].mean() for donor in ("d1", "d2")]
+    change = np.log2(means[0]) - np.log2(means[1]) if counts else means[0] - means[1]
+    estimate, scale = (sum(t[column] for t in tables) / 20 for column in ("lfc_raw", "scale1"))
+    np.testing.assert_allclose(estimate[lost], change[lost], atol=0.08 if counts else 0.03)
+    np.testing.assert_allclose(scale[lost], means[0][lost], rtol=0.05)
+    table = tables[0]
+    x = pd.DataFrame(cells.X.toarray() if counts else cells.X, columns=names)[cells.obs["donor"].to_numpy() == "d1"]
+    np.testing.assert_allclose(table.loc[seen, "raw_mean1"], x[seen].mean(), rtol=1e-5)
+    np.testing.assert_allclose(table.loc[seen, "non_zeros_proportion1"], (x[seen] != 0).mean(), rtol=1e-5)
+    if counts:
+        scaled = x[seen].div(x[seen].sum(axis=1), axis=0) * 1e4
+        np.testing.assert_allclose(table.loc[seen, "raw_normalized_mean1"], scaled.mean(), rtol=1e-5)
+    raw = [c for c in table if c.startswith(("raw_", "non_zeros_"))]
+    assert len(raw) == (6 if counts else 4)
+    assert table.loc[lost, raw].isna().all(axis=None)
+    assert table.drop(columns=raw).notna().all(axis=None)
+    whole = query.differential_expression(reference.adata, "donor", "d1", **QUIET)  # the reference has all genes
+    assert whole.notna().all(axis=None)
 
 
 def test_expected_rate_by_hand():
@@ -205,6 +263,12 @@ def test_the_same_seed_gives_the_same_table():
     [
         ({}, ValueError, "Give either groupby=.*or idx1="),
         ({"groupby": "donor", "idx1": [1]}, ValueError, "Give either groupby=.*or idx1="),
+        ({"groupby": "donor", "group1": "d1", "idx2": [1]}, ValueError, "either groupby=.*; or idx1=.* with idx2="),
+        ({"idx1": [1], "group1": "d1", "group2": "d2"}, ValueError, "groupby=.*with group1= and group2=; or idx1="),
+        ({"idx1": [1], "idx2": [2], "group2": "d2"}, ValueError, "Give either groupby=.*or idx1="),
+        ({"group1": "d1"}, ValueError, "Give either groupby=.*or idx1="),
+        ({"idx2": [1]}, ValueError, "Give either groupby=.*or idx1="),
+        ({"groupby": "donor", "n_samples_overall": 2.5}, TypeError, "n_samples_overall=2.5 must be a whole number"),
         ({"groupby": "colour"}, KeyError, r"no adata.obs\['colour'\]; the columns are"),
         ({"groupby": "donor", "group1": "d9"}, ValueError, r"has no cells in \['d9'\]; its groups are \['d1'"),
         ({"groupby": "donor", "group1": "d1", "group2": "d1"}, ValueError, "are both 'd1'"),
@@ -224,7 +288,7 @@ def test_bad_input_is_named(options, error, message):
 
 
 def test_no_batch_to_correct_for():
-    with pytest.raises(ValueError, match=r"this VAE does not decode from the batch\. Use a CVAE"):
+    with pytest.raises(ValueError, match=r"this VAE does not decode from the batch\. Use a CVAE with any prior but"):
         trained("vae-nb").differential_expression(groupby="donor", batch_correction=True)
     alone = make(VAE, planted_cells(0)[:40].copy(), setup={}, train=False)
     alone.adata.obs["one"] = "x"

@@ -48,9 +48,43 @@ def test_new_data_in_any_shape_give_the_same_latent(name, tmp_path):
     if not isinstance(model, AE | IDEC):
         assert model.get_elbo(forms["backed"]) == model.get_elbo()
     frame = model.get_normalized_expression(reordered)
-    assert list(frame.columns) == list(adata.var_names)
+    assert list(frame.columns) == list(reordered.var_names)
+    assert list(model.get_normalized_expression(wide).columns) == list(adata.var_names)  # more genes: the model's order
     assert not any(key.startswith("_scvi") for key in plain.obs)  # nothing is written to new data
     assert not plain.uns
+
+
+@pytest.mark.parametrize("name", ["ae", "vae-normal", "cvae-nb"])
+def test_arrays_fit_the_layers_of_their_cells(name, tmp_path):
+    """Genes in another order than the model's: columns follow the cells."""
+    model = trained(name)
+    order = np.random.default_rng(1).permutation(G)
+    cells = model.adata[:, order].copy()
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model", adata=cells)
+    for a, given in ((model, {"adata": cells}), (loaded, {})):
+        frame = a.get_normalized_expression(**given)
+        assert list(frame.columns) == list(cells.var_names)
+        pd.testing.assert_frame_equal(frame[model.adata.var_names], model.get_normalized_expression(), rtol=1e-5)
+        cells.layers["array"] = a.get_normalized_expression(return_numpy=True, **given)
+        np.testing.assert_array_equal(cells.layers["array"], frame)
+        out = np.zeros(cells.shape, np.float32)
+        a.get_normalized_expression(out=out, **given)
+        np.testing.assert_array_equal(out, frame)
+        genes = ["gene3", "gene0"]  # a list keeps its own order
+        assert list(a.get_normalized_expression(gene_list=genes, **given).columns) == genes
+        if name != "ae":
+            drawn, wanted = a.posterior_predictive_sample(**given), model.posterior_predictive_sample()
+            drawn, wanted = (v.toarray() if sparse.issparse(v) else v for v in (drawn, wanted))
+            np.testing.assert_allclose(drawn, wanted[:, order], rtol=1e-5)
+    loaded.correct(**({"library_size": 1} if name == "cvae-nb" else {}))
+    np.testing.assert_allclose(cells.layers["corrected"], cells.layers["array"], rtol=1e-5)
+
+
+def test_columns_of_a_query_that_lacks_genes_are_the_models():
+    model = trained("cvae-nb")
+    query = model.load_query(model.adata[:, [7, 0, 3, 2, 11, 5, 9, 10]].copy())
+    assert list(query.get_normalized_expression().columns) == list(model.adata.var_names)
 
 
 def test_training_from_a_backed_file(tmp_path):
@@ -108,6 +142,16 @@ def test_two_models_share_nothing():
     VAE.setup_anndata(adata)  # the same data for another model
     VAE(adata, **TINY).train(**FAST)
     assert np.isfinite(a.get_elbo())
+
+
+def test_sizes_of_sampling():
+    model = trained("cvae-nb")
+    assert model.sample(np.int64(3)).n_obs == 3
+    for n in (2.5, "3", True):
+        with pytest.raises(TypeError, match=f"n={n!r} must be a whole number"):
+            model.sample(n)
+    one, other = (model.get_marginal_ll(n_mc_samples=300, batch_size=size) for size in (None, 64))
+    assert one == pytest.approx(other, abs=0.5)
 
 
 def test_an_untrained_model_warns():

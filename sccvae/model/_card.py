@@ -49,8 +49,10 @@ def model_card(model: BaseModel) -> str:
 
 def _code(name: str, model: BaseModel) -> str:
     lines = ["import sccvae", "", 'model = sccvae.model.load("this_folder")']
-    if "mapping" in model.reference:
+    if "mapping" in model.reference or not hasattr(model, "load_query"):
         lines.append("z = model.get_latent_representation(adata)")
+        if hasattr(model, "predict"):
+            lines.append("clusters = model.predict(adata)")
     else:
         lines += ["query = model.load_query(adata)  # new cells, other batches", "query.train()"]
         lines.append('adata.obsm["X_mapped"] = query.get_latent_representation()')
@@ -90,9 +92,8 @@ def _training(model: BaseModel) -> dict[str, Any]:
     found: dict[str, Any] = {"epochs": len(next(iter(model.history.values())))}
     for part in ("train", "validation"):
         if f"elbo_{part}" in model.history:
-            curve = model.history[f"elbo_{part}"].iloc[:, 0].dropna()
-            last = "phase" in model.history  # of a mixture the last weights are kept, else the best
-            found[f"negative ELBO, {part} cells"] = f"{curve.iloc[-1] if last else curve.min():.2f} nats per cell"
+            elbo = model.history[f"elbo_{part}"].iloc[model.reference.get("kept_epoch", -1), 0]
+            found[f"negative ELBO, {part} cells"] = f"{elbo:.2f} nats per cell"
     found["weights"] = f"{sum(p.numel() for p in model.module.parameters()):,}"
     return found
 

@@ -12,7 +12,8 @@ from anndata import AnnData
 
 from sccvae.data.out import InSparse, check_room, new_layers
 from sccvae.model._base import inference_batch
-from sccvae.model._decoding import Change, DecodingMixin
+from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change, DecodingMixin, check_library_size
+from sccvae.nn import check_sizes
 
 #: Sum of a cell's values in a layer, if nothing else is asked for: scanpy's usual target_sum.
 LIBRARY_SIZE = 1e4
@@ -43,14 +44,13 @@ class CorrectionMixin(DecodingMixin):
             As for ``get_latent_representation``.
         transform_batch
             Decode as if every cell came from this batch (a category of ``batch_key``); a list averages over several.
-            None
-            keeps each cell's own.
+            None keeps each cell's own.
         gene_list
-            Genes to give, in this order; None for all.
+            Genes to give, in this order. None for all: in the order of the AnnData's ``var_names`` if it has the
+            model's genes and no others, so that the values fit its layers; else in that of the model.
         library_size
             For count likelihoods: the sum over all genes of a cell's values; ``"latent"`` is the cell's own library
-            size.
-            Other likelihoods give the mean on the scale of the input and take no library size.
+            size. Other likelihoods give the mean on the scale of the input and take no library size.
         n_samples
             1 decodes the mean of q(z|x); more average over that many draws.
         return_numpy
@@ -68,6 +68,8 @@ class CorrectionMixin(DecodingMixin):
         ValueError
             If a gene or batch is not known, the model cannot change the batch, a number is not positive, or ``out``
             has another shape or no floating type. Nothing is written then.
+        TypeError
+            If ``n_samples`` is no whole number.
         """
         return self._expression(
             adata,
@@ -146,8 +148,10 @@ class CorrectionMixin(DecodingMixin):
         ------
         ValueError
             If a batch is not known, the model cannot change it, ``adata`` is a view or has genes that the model does
-            not know, ``key_added`` is the layer of the input, options do not fit together, or there is no room in
-            memory. Nothing is written then.
+            not know, ``key_added`` is the layer of the input, options do not fit together, ``sd`` is asked of a
+            deterministic encoder, or there is no room in memory. Nothing is written then.
+        TypeError
+            If ``n_samples`` is no whole number.
         OSError
             If ``out`` exists or cannot be written, or the disk is too full.
 
@@ -160,6 +164,13 @@ class CorrectionMixin(DecodingMixin):
         out = None if out is None else Path(out)
         if to.is_view and out is None:
             msg = "adata is a view of another AnnData; run `adata = adata.copy()` first."
+            raise ValueError(msg)
+        check_sizes(n_samples=n_samples)
+        if sd and any(factor.kind == "delta" for factor in self.module.factors.inference):
+            msg = (
+                f"sd=True: {type(self).__name__} has a deterministic encoder, so there are no draws of z that could "
+                "differ. Leave it out, or use a VAE."
+            )
             raise ValueError(msg)
         if sd and n_samples < 2:
             msg = f"sd=True needs at least two draws: pass n_samples=25, not {n_samples}."
@@ -260,9 +271,8 @@ class CorrectionMixin(DecodingMixin):
         key = self.schema.batch_key
         if key is None or not self._decoder_sees_conditions:
             msg = (
-                f"transform_batch={transform_batch!r}: this {type(self).__name__} does not decode from the "
-                "batch. Use a CVAE "
-                "with batch_key= in setup_anndata and prior='fixed'."
+                f"transform_batch={transform_batch!r}: this {type(self).__name__} does not decode from the batch. Use "
+                f"{DECODES_FROM_CONDITIONS}, with batch_key= in setup_anndata."
             )
             raise ValueError(msg)
         several = isinstance(transform_batch, (list, tuple, np.ndarray, pd.Index))
@@ -281,9 +291,7 @@ def layer_library_size(model: Any, size: float | str | None) -> float | str | No
         return None
     if size is None:
         return LIBRARY_SIZE
-    if size != "latent" and (isinstance(size, str) or not 0 < size < np.inf):
-        msg = f"library_size={size!r} must be a positive number or 'latent'."
-        raise ValueError(msg)
+    check_library_size(size)
     return size
 
 
@@ -291,6 +299,9 @@ def check_layer(adata: AnnData, model: Any, key: str) -> None:
     """A layer needs a value for every gene of ``adata``, and must not take the place of the input."""
     if key == model.schema.layer:
         msg = f"key_added={key!r} is the layer of the input, which would be lost: choose another key."
+        raise ValueError(msg)
+    if "/" in key:
+        msg = f"key_added={key!r}: a file would hold '/' as layers within layers; choose a key without it."
         raise ValueError(msg)
     unknown = adata.var_names.difference(model.schema.var_names, sort=False)
     if len(unknown):

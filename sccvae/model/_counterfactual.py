@@ -189,8 +189,9 @@ class CounterfactualMixin(DecodingMixin):
         """Expected expression of cells had their conditions been others.
 
         Each cell is encoded under its own conditions and decoded with those in ``condition`` replaced: what z holds,
-        and all other conditions, stay the cell's own. A model with ``prior="fixed"`` learns to keep the condition out
-        of z, and so can do this for a cell type that was never seen under the new condition.
+        and all other conditions, stay the cell's own. A model whose decoder sees the condition (a CVAE with any prior
+        but ``"learned"``, a GMVAE with ``w_prior="fixed"``; the defaults of both) learns to keep it out of z, and so
+        can do this for a cell type that was never seen under the new condition.
 
         The values are expectations. To compare with measured cells on the log scale, draw cells with
         ``posterior_predictive_sample(condition=...)``: the log of a mean is not the mean of logs.

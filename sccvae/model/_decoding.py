@@ -15,6 +15,10 @@ from anndata import AnnData
 from sccvae.distributions import Observation
 from sccvae.model._base import evaluating
 from sccvae.module import Batch
+from sccvae.nn import check_sizes
+
+#: Models whose decoder sees the conditions, for messages.
+DECODES_FROM_CONDITIONS = "a CVAE with any prior but 'learned' or a GMVAE with w_prior='fixed' (the defaults of both)"
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,9 @@ class DecodingMixin:
 
         ``sd`` is an array like ``out``, for the standard deviation over the draws of z.
         """
-        columns = self._columns(gene_list)
+        columns = self._columns(gene_list, adata)
         self._check_library_size(library_size)
-        if n_samples < 1:
-            msg = f"n_samples={n_samples} must be at least 1."
-            raise ValueError(msg)
+        check_sizes(n_samples=n_samples)
         genes = pd.Index(self.schema.var_names)
         genes = genes if columns is None else genes[columns]
         rows = self._rows(adata, indices)
@@ -144,21 +146,27 @@ class DecodingMixin:
             return values
         return pd.DataFrame(values, index=self._given(adata).obs_names[rows], columns=genes)
 
-    def _columns(self, gene_list: Sequence[str] | None) -> np.ndarray | None:
-        """Columns of the genes, (n,); None for all."""
+    def _columns(self, gene_list: Sequence[str] | None, adata: AnnData | None) -> np.ndarray | None:
+        """Columns of the genes, (n,); None for all in the model's order.
+
+        Without a list they are those of ``adata``, if it has the model's genes and no others: its layers can take them.
+        """
+        genes = pd.Index(self.schema.var_names)
         if gene_list is None:
-            return None
-        columns = pd.Index(self.schema.var_names).get_indexer(list(gene_list))
+            names = self._given(adata).var_names
+            if len(names) != len(genes) or not names.isin(genes).all():
+                return None
+            gene_list = names
+        wanted = list(gene_list)
+        columns = genes.get_indexer(wanted)
         if (columns < 0).any():
-            unknown = [g for g, i in zip(gene_list, columns, strict=True) if i < 0]
+            unknown = [g for g, i in zip(wanted, columns, strict=True) if i < 0]
             msg = f"The model has no genes {unknown[:5]}{' ...' if len(unknown) > 5 else ''}; see adata.var_names."
             raise ValueError(msg)
-        return columns
+        return None if np.array_equal(columns, np.arange(len(genes))) else columns
 
     def _check_library_size(self, library_size: float | str) -> None:
-        if library_size != "latent" and not (isinstance(library_size, Real) and library_size > 0):
-            msg = f"library_size={library_size!r} must be a positive number or 'latent'."
-            raise ValueError(msg)
+        check_library_size(library_size)
         if self.module.likelihood.support != "counts" and library_size != 1:
             msg = (
                 f"library_size={library_size!r} needs a count likelihood; this model gives means on the scale of "
@@ -183,9 +191,9 @@ class DecodingMixin:
         if not self._decoder_sees_conditions:
             msg = (
                 f"condition={dict(condition)!r}: this {type(self).__name__} does not decode from conditions "
-                f"({self.module.factors.p}). Use a CVAE with prior='fixed' or a GMVAE with w_prior='fixed', the "
-                "condition being batch_key= or among categorical_covariate_keys= in setup_anndata; or "
-                "`predict_perturbation`, which works in the latent space."
+                f"({self.module.factors.p}). Use {DECODES_FROM_CONDITIONS}, the condition being batch_key= or among "
+                "categorical_covariate_keys= in setup_anndata; or `predict_perturbation`, which works in the latent "
+                "space."
             )
             raise ValueError(msg)
         known = [*schema.categories, *schema.continuous]
@@ -208,3 +216,11 @@ class DecodingMixin:
     @property
     def _decoder_sees_conditions(self) -> bool:
         return any("c" in f.parents for f in self.module.factors.generative if f.variable == "x")
+
+
+def check_library_size(size: Any) -> None:
+    """Refuse what is neither a positive number nor ``"latent"``."""
+    number = isinstance(size, Real) and not isinstance(size, bool) and 0 < size < np.inf
+    if not (number or (isinstance(size, str) and size == "latent")):
+        msg = f"library_size={size!r} must be a positive number or 'latent', which is each cell's own."
+        raise ValueError(msg)

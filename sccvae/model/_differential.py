@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from sccvae.data import row_numbers
+from sccvae.data import measured, row_numbers
 from sccvae.model._base import evaluating
-from sccvae.model._decoding import Change
+from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change
 from sccvae.model._shrinkage import expected_fdr, posterior_draws
+from sccvae.nn import check_sizes
 
 #: Counts in a cell of median library size below which a gene counts as not expressed (scvi-tools' threshold_counts).
 NOT_EXPRESSED = 0.01
@@ -88,18 +90,22 @@ class DifferentialMixin:
 
         .. math::
             m_g = \Big(\sum_i w_i \, \tfrac1B \sum_b h_g(z_i, b)\Big)
-                  \frac{\frac12 + \sum_i w_i x_{ig}}{\frac12 + \sum_i w_i \ell_i h_g(z_i, b_i)}
+                  \frac{\frac12 + \sum_i w_i x_{ig}}{\frac12 + \sum_i w_i \mathrm{E}[x_{ig} | z_i, b_i]}
 
-        with proportions h, counts x and library size l. So a gene that the model draws to the mean of all cells is put
-        right by its counts. The weights w are drawn anew 200 times (Bayesian bootstrap: exponential), which tells the
-        error of the log2 fold change :math:`\log_2(m_1 + \epsilon) - \log_2(m_2 + \epsilon)`, at least that of Poisson
-        counts. From estimate and error of all genes follows the posterior of each (adaptive shrinkage: most genes may
-        not change at all).
+        with proportions h, counts x and the mean E of p(x|z,b): library size times h, and for a ``"zinb"`` times the
+        share that does not drop out, so that dropout is no change. So a gene that the model draws to the mean of all
+        cells is put right by its counts. The weights w are drawn anew 200 times (Bayesian bootstrap: exponential),
+        which tells the error of the log2 fold change :math:`\log_2(m_1 + \epsilon) - \log_2(m_2 + \epsilon)`, at least
+        that of Poisson counts. From estimate and error of all genes follows the posterior of each (adaptive shrinkage:
+        most genes may not change at all).
+
+        Of a gene that a query lacks there is the decoded change alone: it stands as if the counts had been what the
+        model expects, and its error does not tell how far the model is wrong.
 
         Parameters
         ----------
         adata
-            Cells with the model's genes; None for the training data.
+            Cells with the model's genes (of a query, with those that it has); None for the training data.
         groupby
             Column of ``obs`` with the groups. Cells without a value belong to no group, nor to the rest.
         group1
@@ -146,7 +152,8 @@ class DifferentialMixin:
           ``proba_not_de`` is at most ``fdr_target``
         - ``scale1``, ``scale2``: means of the groups m; ``delta``, ``pseudocounts``: as used
         - ``raw_mean1``, ``raw_mean2``: mean of the values in all cells of the group; ``raw_normalized_mean1``, ``2``:
-          after scaling each cell to 10,000 (counts only); ``non_zeros_proportion1``, ``2``: share of cells with a value
+          after scaling each cell to 10,000 (counts only); ``non_zeros_proportion1``, ``2``: share of cells with a
+          value. NaN for a gene that was not measured, which does not count in the 10,000 either
         - ``comparison``, ``group1``, ``group2``: who was compared; ``Rest`` is all others
 
         With ``mode="vanilla"`` the first lines and ``is_de_fdr_*`` are replaced by ``proba_m1`` = P(change > 0) with
@@ -157,10 +164,10 @@ class DifferentialMixin:
         KeyError
             If ``groupby`` is no column of ``obs``.
         ValueError
-            If a group is not known or has no cells, neither or both of ``groupby`` and ``idx1`` are given, a number is
-            out of range, or the model has no batch to correct for.
+            If a group is not known or has no cells, neither or both of ``groupby`` and ``idx1`` are given or parts of
+            both, a number is out of range, or the model has no batch to correct for.
         TypeError, IndexError
-            If ``idx1`` or ``idx2`` are no rows, or there are none such.
+            If ``idx1`` or ``idx2`` are no rows, or there are none such; or ``n_samples_overall`` is no whole number.
 
         Warns
         -----
@@ -187,12 +194,16 @@ class DifferentialMixin:
         corrects = self.schema.batch_key is not None and self._decoder_sees_conditions
         if batch_correction and not corrects:
             msg = (
-                f"batch_correction=True: this {type(self).__name__} does not decode from the batch. Use a CVAE with "
-                "batch_key= in setup_anndata and prior='fixed'."
+                f"batch_correction=True: this {type(self).__name__} does not decode from the batch. Use "
+                f"{DECODES_FROM_CONDITIONS}, with batch_key= in setup_anndata."
             )
             raise ValueError(msg)
-        if (groupby is None) == (idx1 is None):
-            msg = "Give either groupby=, the obs column of the groups, or idx1=, the cells of the first group."
+        by_groups, by_rows = (any(v is not None for v in way) for way in ((groupby, group1, group2), (idx1, idx2)))
+        if by_groups == by_rows or (groupby is None and idx1 is None):
+            msg = (
+                "Give either groupby=, the obs column of the groups, with group1= and group2=; or idx1=, the cells of "
+                "the first group, with idx2=."
+            )
             raise ValueError(msg)
         given = self._given(adata)
         comparisons = _by_rows(given, idx1, idx2) if groupby is None else _by_groups(given, groupby, group1, group2)
@@ -209,6 +220,7 @@ class DifferentialMixin:
             pseudocounts = NOT_EXPRESSED / self.reference["library_quantiles"][50]
         pseudocounts = pseudocounts if counts else 0.0
         correct = corrects and batch_correction is not False
+        present = measured(given, self.schema)
         sums, parts = self._sums(adata, comparisons, correct, batch_size, silent, seed)
         rng = np.random.default_rng(seed)
         tables = []
@@ -221,7 +233,7 @@ class DifferentialMixin:
             columns |= {"scale1": scale1, "scale2": scale2}
             columns |= {"delta": delta, "pseudocounts": pseudocounts} if mode == "change" else {}
             if all_stats:
-                columns |= _observed(both, counts)
+                columns |= _observed(both, counts, present)
             table = pd.DataFrame(columns, index=pd.Index(self.schema.var_names))
             table = table.sort_values("proba_de" if mode == "change" else "bayes_factor", ascending=False)
             if mode == "change":
@@ -258,10 +270,14 @@ class DifferentialMixin:
         with evaluating(seed), tqdm(total=len(used), desc="DE", unit="cell", disable=silent) as bar:
             for batch in self._batches(store, used, batch_size):
                 z = self.module.inference(batch)["z"].sample()
-                own = self.module.generative({"z": z}, batch).expression(batch.library)
+                own = self.module.generative({"z": z}, batch).mean
                 decoded = sum(p_x.expression() for p_x in self._decoded(batch, changes, [z])) / len(changes)
-                scaled = 1e4 * batch.dense / batch.dense.sum(1, keepdim=True).clamp(min=1)
-                x, own, decoded, scaled = (t.double().cpu().numpy() for t in (batch.dense, own, decoded, scaled))
+                x, total = batch.dense, batch.dense.sum(1, keepdim=True)
+                if batch.present is not None:  # where there are no counts, those expected leave the decoded change
+                    total = (x * batch.present).sum(1, keepdim=True)
+                    x = torch.where(batch.present, x, own)
+                scaled = 1e4 * x / total.clamp(min=1)
+                x, own, decoded, scaled = (t.double().cpu().numpy() for t in (x, own, decoded, scaled))
                 weight = rng.exponential(size=(N_WEIGHTS, len(x)))
                 here = part[:, done : done + len(x)]
                 done += len(x)
@@ -292,10 +308,15 @@ def _estimates(
     return change.mean(0), error, means[0].mean(0), means[1].mean(0)
 
 
-def _observed(groups: list[Sums], counts: bool) -> dict[str, np.ndarray]:
+def _observed(groups: list[Sums], counts: bool, present: np.ndarray) -> dict[str, np.ndarray]:
+    """Means of the cells of each group; NaN where a gene is not ``present`` (G,)."""
     names = {"raw_mean": "raw", "non_zeros_proportion": "nonzero"}
     names |= {"raw_normalized_mean": "normalized"} if counts else {}
-    return {f"{name}{k}": vars(g)[of] / g.n for name, of in names.items() for k, g in enumerate(groups, 1)}
+    return {
+        f"{name}{k}": np.where(present, vars(g)[of] / g.n, np.nan)
+        for name, of in names.items()
+        for k, g in enumerate(groups, 1)
+    }
 
 
 def _change(change: np.ndarray, delta: float) -> dict[str, np.ndarray]:
@@ -318,6 +339,7 @@ def _check_options(mode: str, delta: float, fdr_target: float, pseudocounts: flo
     if mode not in ("change", "vanilla"):
         msg = f"mode={mode!r}: choose 'change' or 'vanilla'."
         raise ValueError(msg)
+    check_sizes(n_samples_overall=n_samples)
     if not (delta >= 0 and 0 < fdr_target < 1 and n_samples >= 1 and (pseudocounts is None or pseudocounts > 0)):
         msg = (
             f"delta={delta} must not be negative, fdr_target={fdr_target} must lie between 0 and 1, "

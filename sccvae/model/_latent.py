@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 
-from sccvae.model._base import evaluating
+from sccvae.model._base import evaluating, inference_batch
 
 
 class LatentMixin:
@@ -130,7 +130,7 @@ class VariationalMixin(LatentMixin):
         *,
         n_mc_samples: int = 1000,
         return_mean: bool = True,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         seed: int = 0,
     ) -> float | np.ndarray:
         """Importance-weighted bound of log p(x|c) in nats per cell, higher is better.
@@ -152,7 +152,8 @@ class VariationalMixin(LatentMixin):
         ----------
         Burda, Grosse, Salakhutdinov 2016, Importance weighted autoencoders, ICLR, equation 8.
         """
-        chunk = max(1, 2**23 // (batch_size * len(self.schema.var_names)))
+        n_genes = len(self.schema.var_names)
+        chunk = max(1, 2**23 // ((batch_size or inference_batch(n_genes)) * n_genes))
         return self._per_cell(
             lambda b: self.module.marginal_ll(b, n_mc_samples, chunk), adata, indices, return_mean, batch_size, seed
         )

@@ -12,8 +12,10 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm import tqdm
 
+from sccvae.data import measured
 from sccvae.model._base import evaluating
 from sccvae.model._decoding import Change, DecodingMixin
+from sccvae.nn import check_sizes
 
 #: What is compared, gene by gene.
 STATISTICS = ("mean", "variance", "zero_fraction")
@@ -47,7 +49,8 @@ class PredictiveMixin(DecodingMixin):
 
         Returns
         -------
-        (n, genes) float32, CSR for counts (drawn at each cell's own library size), else an array.
+        (n, genes) float32, CSR for counts (drawn at each cell's own library size), else an array; all genes of the
+        model, in the order of ``get_normalized_expression``.
 
         Raises
         ------
@@ -57,10 +60,12 @@ class PredictiveMixin(DecodingMixin):
         change = Change() if condition is None else self._change(condition)
         if shift is not None:
             change = Change(change.codes, change.covariates, self._shift(shift).shift)
+        columns = self._columns(None, adata)
         counts, parts = self.module.likelihood.support == "counts", []
         with evaluating(seed):
             for _, observations in self._observations(adata, indices, [change], n_samples=1, batch_size=batch_size):
-                values = next(observations).sample().cpu().numpy()
+                values = next(observations).sample()
+                values = (values if columns is None else values[:, columns]).cpu().numpy()
                 parts.append(sparse.csr_matrix(values) if counts else values)
         return sparse.vstack(parts, format="csr") if counts else np.concatenate(parts)
 
@@ -95,21 +100,25 @@ class PredictiveMixin(DecodingMixin):
 
         Returns
         -------
-        Genes x columns; for each of ``mean``, ``variance`` (divided by n) and ``zero_fraction``, on the scale of the
-        input: ``<statistic>`` of the cells, ``<statistic>_low`` and ``<statistic>_high`` (float64), and
-        ``<statistic>_inside`` (bool). :func:`sccvae.pl.posterior_predictive` draws it; the mean of a last column is
-        the share of genes that the model describes.
+        Genes x columns, without the genes that a query lacks, which have nothing to compare. For each of ``mean``,
+        ``variance`` (divided by n) and ``zero_fraction``, on the scale of the input: ``<statistic>`` of the cells,
+        ``<statistic>_low`` and ``<statistic>_high`` (float64), and ``<statistic>_inside`` (bool).
+        :func:`sccvae.pl.posterior_predictive` draws it; the mean of a last column is the share of genes that the model
+        describes.
 
         Raises
         ------
         ValueError
             If ``n_samples`` or ``band`` is out of range, and as for ``get_latent_representation``.
+        TypeError
+            If ``n_samples`` is no whole number.
 
         References
         ----------
         Gelman, Meng & Stern 1996, "Posterior predictive assessment of model fitness via realized discrepancies",
         Statistica Sinica 6:733-807.
         """
+        check_sizes(n_samples=n_samples)
         if n_samples < 2 or not 0 < band < 1:
             msg = f"n_samples={n_samples} must be at least 2, and band={band} above 0 and below 1."
             raise ValueError(msg)
@@ -131,7 +140,8 @@ class PredictiveMixin(DecodingMixin):
             low, high = np.quantile(many, [(1 - band) / 2, (1 + band) / 2], axis=0)
             found |= {name: one[0], f"{name}_low": low, f"{name}_high": high}
             found[f"{name}_inside"] = (one[0] >= low) & (one[0] <= high)
-        return pd.DataFrame(found, index=pd.Index(self.schema.var_names))
+        table = pd.DataFrame(found, index=pd.Index(self.schema.var_names))
+        return table[measured(self._given(adata), self.schema)]
 
 
 class _Sums:

@@ -13,6 +13,7 @@ from torch.distributions import Normal
 
 from sccvae.model._base import evaluating, inference_batch
 from sccvae.module import Batch
+from sccvae.nn import check_sizes
 
 
 class SamplingMixin:
@@ -43,10 +44,10 @@ class SamplingMixin:
         ------
         ValueError
             If the batch is not known, or ``n`` is not positive.
+        TypeError
+            If ``n`` is no whole number.
         """
-        if n < 1:
-            msg = f"n={n} must be at least 1."
-            raise ValueError(msg)
+        check_sizes(n=n)
         rng = np.random.default_rng(seed)
         frequencies = np.asarray(self.reference["frequencies"])
         codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(len(frequencies), -1)
