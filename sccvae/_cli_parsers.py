@@ -163,8 +163,6 @@ def _mixture_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("clusters (gmvae)").add_argument
     add("--components", dest="n_components", type=_positive, metavar="K", help="number of components (default: the "
         "training chooses it; with labels, one for each class)")  # fmt: skip
-    add("--labels-key", metavar="KEY", help="column of obs with known classes; cells without one get one")
-    add("--unlabeled-category", metavar="NAME", help="value in it that stands for no class, beside missing values")
 
 
 def _training_options(command: argparse.ArgumentParser, models: Sequence[str] = ("ae", "vae", "cvae")) -> None:
@@ -177,9 +175,17 @@ def _training_options(command: argparse.ArgumentParser, models: Sequence[str] = 
         name = f"{kind}_covariate"
         add(f"--{kind}-covariate", dest=f"{name}_keys", action="append", metavar="KEY", help=text)
     add("--size-factor-key", metavar="KEY", help="column of obs with size factors, in place of the sums of counts")
+    if "gmvae" in models:  # the commands whose model may have labels
+        text = "column of obs with known classes, for gmvae and for label transfer by `sccvae map`"
+        add("--labels-key", metavar="KEY", help=text)
+        add("--unlabeled-category", metavar="NAME", help="value in it that stands for no class, beside missing values")
     add = command.add_argument_group("model").add_argument
     add("--model", choices=models, help=f"default: {'cvae' if 'cvae' in models else models[0]}")
-    add("--likelihood", choices=("nb", "zinb", "poisson", "normal", "bernoulli"), help="default: nb")
+    text = (
+        "default: nb; for cvae and gmvae with a batch, nb with an offset and a dispersion for each gene and batch, "
+        "read at the median depth (cvae then aligns batches more strongly, too), where naming nb gives the plain one"
+    )
+    add("--likelihood", choices=("nb", "zinb", "poisson", "normal", "bernoulli"), help=text)
     text = "latent dimensions (default: 20 below 1,000 cells, else 10; ae: 10)"
     add("--n-latent", type=_positive, metavar="N", help=text)
     text = "width of the hidden layers (default: 64 to 256, by the number of cells; ae: 128)"

@@ -63,7 +63,7 @@ def run(*, seed: int = 0, progress_bar: bool = True, say: Callable[[str], Any] =
     sc.pp.pca(adata, random_state=seed)
     trained = adata.copy()  # takes the notes of the set-up, which the user's file need not carry
     model.CVAE.setup_anndata(trained, layer="counts", batch_key=BATCH)
-    cvae = model.CVAE(trained, likelihood="nb", seed=seed)
+    cvae = model.CVAE(trained, seed=seed)
     cvae.train(max_epochs=MAX_EPOCHS, lr=LEARNING_RATE, seed=seed, progress_bar=progress_bar)
     tl.correct(adata, cvae, reference=REFERENCE)
     say("UMAPs (compiling them takes some seconds)")

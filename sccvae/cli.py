@@ -86,9 +86,9 @@ def _train(args: argparse.Namespace, received: list[int]) -> None:
     _stop_if(received)
     model.save(out, overwrite=args.force)
     curve = model.history.get("elbo_validation", model.history["elbo_train"]).iloc[:, 0]
-    what, value = ("last", curve.iloc[-1]) if "phase" in model.history else ("lowest", curve.min())
-    best = f"{what} −ELBO {float(value):.1f} nats per cell in {len(curve)} epochs"
-    _report(args, f"{args.out}: {kind.__name__} of {adata.n_obs} cells x {adata.n_vars} genes, {best}")
+    kept = model.reference["kept_epoch"]
+    elbo = f"−ELBO {float(curve.iloc[kept]):.1f} nats per cell, of epoch {kept + 1} of {len(curve)}"
+    _report(args, f"{args.out}: {kind.__name__} of {adata.n_obs} cells x {adata.n_vars} genes, {elbo}")
 
 
 def _embed(args: argparse.Namespace, received: list[int]) -> None:

@@ -103,6 +103,26 @@ def test_every_command_explains_itself_with_an_example(capsys, command):
         assert option in out
 
 
+def test_labels_belong_to_the_data_of_every_model(capsys):
+    """Label transfer needs them of any model, not of gmvae alone; embed and correct make no use of them."""
+    for command, wanted in [("train", True), ("cluster", True), ("embed", False), ("correct", False)]:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        data = out.split("data to train on:")[1].split("\nmodel:")[0]
+        assert ("--labels-key" in data) == ("--unlabeled-category" in data) == wanted
+        assert ("--labels-key" in out) == wanted
+        assert not wanted or "label transfer by `sccvae map`" in " ".join(data.split())
+
+
+def test_default_likelihood_is_not_the_plain_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["embed", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "for cvae and gmvae with a batch, nb with an offset and a dispersion for each gene and batch" in text
+    assert "naming nb gives the plain one" in text
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
@@ -121,7 +141,7 @@ def test_script_is_declared():
 def test_train_then_embed_and_correct_with_the_model(folder, capsys):
     assert main(["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST, "--n-latent", "3", "--labels-key", "donor"]) == 0
     said = capsys.readouterr()
-    assert "m: CVAE of 200 cells x 100 genes, lowest −ELBO" in said.out
+    assert "m: CVAE of 200 cells x 100 genes, −ELBO" in said.out
     assert "cells/s" in said.err
     assert main(["embed", "cells.h5ad", "e.h5ad", "--model-dir", "m", "--key", "z"]) == 0
     assert "e.h5ad: obsm['z'], 200 cells x 3 dimensions" in capsys.readouterr().out
@@ -200,6 +220,16 @@ def test_correct_trains_on_the_fly(folder):
     assert Path("cells.h5ad").read_bytes() == source
 
 
+def test_correct_leaves_out_batches_that_no_cell_has(folder, capsys):
+    cells = make_cells()
+    cells.obs["batch"] = cells.obs["batch"].cat.add_categories("zzz")
+    cells.write_h5ad("more.h5ad")
+    assert main(["correct", "more.h5ad", "out.h5ad", *COUNTS, *FAST]) == 0
+    assert "(as in 1, 2)" in capsys.readouterr().out
+    assert main(["correct", "more.h5ad", "o.h5ad", *COUNTS, "--reference", "zzz"]) == 1
+    assert "reference=['zzz'] must be of the batches in obs['batch']: ['1', '2']" in capsys.readouterr().err
+
+
 def test_correct_leaves_the_matrices_on_disk(folder):
     assert main(["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST]) == 0
     assert main(["correct", "cells.h5ad", "all.h5ad", "--model-dir", "m"]) == 0
@@ -263,6 +293,8 @@ def test_wrong_usage_is_2(folder, capsys, arguments, message):
         (["embed", "cells.h5ad", "o.h5ad", "--batch-key", "plate"], "There is no adata.obs['plate']; the columns are"),
         (["embed", "cells.h5ad", "o.h5ad", "--batch-key", "batch"], "adata.X holds values that are not whole numbers"),
         (["embed", "cells.h5ad", "o.h5ad", "--model-dir", "none"], "none is no saved sccvae model"),
+        (["embed", "cells.h5ad", "o.h5ad", *COUNTS, "--key", "a/b"], "'a/b' cannot be the key of the results"),
+        (["correct", "cells.h5ad", "o.h5ad", *COUNTS, "--key", "a/b"], "'a/b' cannot be the key of the results"),
         (["correct", "cells.h5ad", "o.h5ad", *COUNTS, "--reference", "3"], "must be of the batches in obs['batch']"),
         (["train", "cells.h5ad", "--out", "none/m", *COUNTS], "there is no folder"),
         (["train", "cells.h5ad", "--out", ".", *COUNTS, "--force"], "is not a saved model, so --force does not"),
@@ -380,6 +412,7 @@ def test_demo(folder, capsys, monkeypatch):
     assert {"counts", "truth", "corrected"} == set(adata.layers)
     assert not [key for key in [*adata.obs, *adata.uns, *adata.obsm] if "scvi" in key]
     assert _demo.table(adata) in said
+    assert "likelihood" not in adata.uns["X_cvae"]["params"]["model"]  # the model's own default
 
 
 def test_demo_table_of_perfect_correction():

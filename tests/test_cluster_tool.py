@@ -113,6 +113,50 @@ def test_cluster_errors_come_before_training(cells, monkeypatch, arguments, mess
     assert keys(cells) == before
 
 
+@pytest.mark.parametrize(
+    ("tool", "key", "lost"),
+    [
+        (tl.cluster, "condition", "condition"),
+        (tl.cluster, "some", "some"),
+        (tl.cluster, "plate", "plate"),
+        (tl.cluster, "age", "age"),
+        (tl.cluster, "size", "size_entropy"),
+        (tl.consensus, "condition", "condition"),
+        (tl.consensus, "size", "size_confidence"),
+    ],
+)
+def test_results_do_not_take_the_place_of_what_the_model_reads(cells, trained, monkeypatch, tool, key, lost):
+    cells.obs["plate"] = np.where(np.arange(cells.n_obs) % 3, "p", "q")
+    cells.obs[["age", "size_entropy", "size_confidence"]] = 1.0
+    cells.obs["age"] += np.arange(cells.n_obs)
+    options = {
+        "batch_key": "condition",
+        "labels_key": "some",
+        "size_factor_key": lost if lost.startswith("size") else None,
+        "categorical_covariate_keys": ["plate"],
+        "continuous_covariate_keys": ["age"],
+    }
+    monkeypatch.setattr(model.GMVAE, "train", lambda *_, **__: pytest.fail("it trained"))
+    before, obs = keys(cells), cells.obs.copy()
+    message = rf"written to obs\['{lost}'\], which the model reads and which would be lost: choose another key"
+    for copy in (False, True):
+        with pytest.raises(ValueError, match=message):
+            tool(cells, key_added=key, copy=copy, **options, **TINY)
+    if key == "condition" and tool is tl.cluster:
+        with pytest.raises(ValueError, match=message):
+            tl.cluster(cells, trained, key_added=key)
+    assert keys(cells) == before
+    pd.testing.assert_frame_equal(cells.obs, obs)
+
+
+def test_results_of_an_earlier_run_are_written_over(cells, trained):
+    tl.cluster(cells, trained)
+    tl.cluster(cells[:, ::-1].copy(), trained)
+    before = keys(cells)
+    tl.cluster(cells, trained)
+    assert keys(cells) == before
+
+
 def test_models_without_clusters_or_components_say_so(cells):
     model.AE.setup_anndata(cells)
     with pytest.raises(ValueError, match="model='AE' cannot cluster"):
@@ -151,7 +195,7 @@ def test_consensus_of_three_runs(cells, tmp_path, capsys):
 class Run:
     """Answers as a trained GMVAE would."""
 
-    is_trained, seed, settings, history = True, 0, {}, {}
+    is_trained, seed, settings, history, reference = True, 0, {}, {}, {}
 
     def __init__(self, codes, n_components, classes=()):
         self.codes, self.n_components, self.classes = np.asarray(codes), n_components, list(classes)
@@ -243,7 +287,7 @@ def test_command_with_labels_and_with_a_saved_model(folder, capsys):
     assert cli.main(["train", "cells.h5ad", "--out", "m", "--model", "gmvae", *ARGUMENTS, *labels]) == 0
     gmvae = model.load("m")
     last = gmvae.history["elbo_validation"].iloc[-1, 0]
-    assert f"m: GMVAE of 300 cells x 16 genes, last −ELBO {last:.1f}" in capsys.readouterr().out
+    assert f"m: GMVAE of 300 cells x 16 genes, −ELBO {last:.1f}" in capsys.readouterr().out
     assert cli.main(["cluster", "cells.h5ad", "out.h5ad", "--model-dir", "m", "--key", "type", "--quiet"]) == 0
     out = ad.read_h5ad("out.h5ad")
     assert list(out.obs["type"].cat.categories) == list("ABCDE")
@@ -257,6 +301,11 @@ def test_command_with_labels_and_with_a_saved_model(folder, capsys):
         (["--model-dir", "m", "--components", "3"], 2, "--components: the model in --model-dir is trained already"),
         (["--model", "vae"], 2, "invalid choice: 'vae'"),
         (["--likelihood", "normal", "--labels-key", "kind"], 1, "no adata.obs['kind']"),
+        (
+            ["--likelihood", "normal", "--labels-key", "class", "--key", "class"],
+            1,
+            "written to obs['class'], which the",
+        ),
         (["--likelihood", "normal", "--labels-key", "class", "--components", "2"], 1, "a component of its own"),
     ],
 )

@@ -101,6 +101,19 @@ def test_extremes():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("missing", [np.nan, None, pd.NA])
+@pytest.mark.parametrize("kind", ["object", "category"])
+def test_missing_entries_are_counted(missing, kind):
+    labels = pd.Series(["a", missing, "b", missing], dtype=kind)
+    for function in (metrics.contingency, metrics.hungarian_accuracy, metrics.majority_accuracy, metrics.clustering):
+        with pytest.raises(ValueError, match="labels has 2 missing entries: drop these points or name them"):
+            function(labels, [0, 0, 1, 1])
+        with pytest.raises(ValueError, match="clusters has 2 missing entries"):
+            function([0, 0, 1, 1], labels)
+        with pytest.raises(ValueError, match="clusters has 1 missing entries"):
+            function([0, 0], [0.0, np.nan])
+
+
 @pytest.mark.parametrize(("labels", "clusters"), [([0, 1], [0]), ([], []), ([[0, 1]], [[0, 1]])])
 def test_errors(labels, clusters):
     for function in (metrics.contingency, metrics.hungarian_accuracy, metrics.majority_accuracy, metrics.clustering):

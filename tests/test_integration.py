@@ -151,6 +151,21 @@ def test_report_copies_and_names_what_is_missing(adata):
     assert not adata.uns
 
 
+def test_report_refuses_cells_without_a_batch(adata, monkeypatch):
+    adata.obs.loc[["c0", "c1", "c2"], "batch"] = np.nan
+    adata.obs.loc["c2", "type"] = np.nan  # left out anyway
+    for kind in ("object", "category"):
+        adata.obs["batch"] = adata.obs["batch"].astype(kind)
+        with pytest.raises(
+            ValueError, match=r"obs\['batch'\] is missing \(NaN\) for 2 of 199 cells with a type.*fillna"
+        ):
+            tl.integration_report(adata, "X_z", **KEYS)
+    assert not adata.uns
+    adata.obs.loc[["c0", "c1"], "type"] = np.nan
+    tl.integration_report(adata, "X_z", **KEYS)
+    assert set(adata.uns["integration"]["overcorrection"]["batch"]) == {"a", "b"}
+
+
 def test_picture(adata):
     with pytest.raises(KeyError, match=r"Run `sccvae\.tl\.integration_report"):
         pl.integration(adata)

@@ -9,9 +9,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from scipy import sparse
 
 from sccvae import __version__, model, pl, tl
+from sccvae.data import open_anndata
 from sccvae.tl._job import plain
 
 N, G = 200, 100
@@ -85,9 +87,9 @@ def test_embed_records_what_it_did(cells, trained):
     assert found["params"]["setup"] == {"layer": "counts", "batch_key": "batch"}
     assert found["params"]["train"] == FAST
     assert (found["params"]["model"]["n_latent"], found["params"]["model"]["prior"]) == (4, "mixture")
-    curve = trained.history["elbo_validation"]["elbo_validation"]
-    assert found["elbo_validation"] == curve.min()
-    assert found["elbo_train"] == trained.history["elbo_train"]["elbo_train"].iloc[curve.argmin()]
+    kept = trained.reference["kept_epoch"]
+    for name in ("elbo_train", "elbo_validation"):
+        assert found[name] == trained.history[name][name].iloc[kept]
 
 
 def test_record_survives_h5ad_and_is_drawn(cells, tmp_path):
@@ -177,6 +179,43 @@ def test_view_and_backed(cells, trained, tmp_path):
     assert not memory.isbacked
     assert "corrected" not in backed.layers
     backed.file.close()
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_copy_of_matrices_on_disk_is_in_memory(cells, trained, tmp_path, kind):
+    path = tmp_path / f"cells.{kind}"
+    if kind == "h5ad":
+        cells.write_h5ad(path)
+    else:
+        group = zarr.open_group(path, mode="w", zarr_format=3)
+        ad.io.write_elem(group, "/", cells, dataset_kwargs={"shards": None})
+    stored = open_anndata(path)
+    before = keys(stored)
+    new = tl.embed(stored, trained, copy=True)
+    assert keys(stored) == before
+    assert np.array_equal(new.obsm["X_cvae"], trained.get_latent_representation())
+    assert sparse.issparse(new.X)
+    assert (new.layers["counts"] != cells.layers["counts"]).nnz == 0
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        (tl.embed, {"batch_key": "batch", "layer": "counts"}),
+        (tl.correct, {"batch_key": "batch", "layer": "counts"}),
+        (tl.counterfactual, {"condition": {"batch": "a"}, "layer": "counts"}),
+        (tl.cluster, {"batch_key": "batch", "layer": "counts"}),
+        (tl.consensus, {"batch_key": "batch", "layer": "counts"}),
+        (tl.map_query, {"reference": "none"}),
+        (tl.integration_report, {"use_rep": "X_pca", "batch_key": "batch", "label_key": "donor"}),
+    ],
+)
+def test_a_key_that_no_file_can_hold_is_refused_before_training(cells, monkeypatch, tool, arguments):
+    monkeypatch.setattr(model.BaseModel, "train", lambda *_, **__: pytest.fail("it trained"))
+    before = keys(cells)
+    with pytest.raises(ValueError, match=r"'a/b' cannot be the key of the results.*Choose a key without it"):
+        tool(cells, key_added="a/b", **arguments)
+    assert keys(cells) == before
 
 
 def test_nothing_keeps_the_matrix_alive():
@@ -274,7 +313,10 @@ def test_correct_of_log_values_is_on_their_scale(cells):
         ({"library_size": -1}, "must be a positive number or 'latent'"),
         ({"library_size": "median"}, "must be a positive number or 'latent'"),
         ({"likelihood": "normal", "layer": None, "library_size": 1e4}, "is for count likelihoods"),
-        ({"model_options": {"prior": "learned"}}, r"does not decode from the batch \(p\(x\|z\) .*prior='fixed'"),
+        (
+            {"model_options": {"prior": "learned"}},
+            r"does not decode from the batch \(p\(x\|z\) .*any prior but 'learned'",
+        ),
     ],
 )
 def test_correct_errors_come_before_training(cells, monkeypatch, arguments, message):
@@ -285,6 +327,17 @@ def test_correct_errors_come_before_training(cells, monkeypatch, arguments, mess
     assert keys(cells) == before
 
 
+def test_correct_leaves_out_batches_that_no_cell_has(cells, monkeypatch):
+    cells.obs["batch"] = cells.obs["batch"].cat.add_categories("zzz").cat.reorder_categories(["zzz", "b", "a"])
+    options = {"batch_key": "batch", "layer": "counts", "train_options": FAST | {"max_epochs": 1}}
+    tl.correct(cells, **options)
+    assert cells.uns["corrected"]["reference"] == ["b", "a"]
+    monkeypatch.setattr(model.CVAE, "train", lambda *_, **__: pytest.fail("it trained"))
+    for reference in ("zzz", ["a", "zzz"]):
+        with pytest.raises(ValueError, match=r"must be of the batches in obs\['batch'\]: \['b', 'a'\]"):
+            tl.correct(cells, reference=reference, **options)
+
+
 def test_correct_needs_the_genes_of_the_model(cells, trained):
     counts = sparse.hstack([cells.layers["counts"], np.zeros((N, 1))], format="csr")
     var = pd.DataFrame(index=[*cells.var_names, "new"])
@@ -293,3 +346,34 @@ def test_correct_needs_the_genes_of_the_model(cells, trained):
         tl.correct(more, trained)
     tl.embed(more, trained)
     assert np.array_equal(more.obsm["X_cvae"], trained.get_latent_representation())
+
+
+# map_query, and what is written to obs
+
+
+def test_map_query_says_which_models_can_be_mapped_on(cells, tmp_path):
+    model.IDEC.setup_anndata(cells)
+    idec = model.IDEC(cells, n_components=2, n_latent=2, n_hidden=8)
+    with pytest.raises(ValueError, match=r"on a model of class IDEC; the classes that can are AE, VAE, CVAE, GMVAE\."):
+        tl.map_query(cells, idec)
+    idec.is_trained = True
+    idec.save(tmp_path / "idec")
+    card = (tmp_path / "idec" / "README.md").read_text()
+    code = card.split("```python")[1].split("```")[0]
+    assert "z = model.get_latent_representation(adata)\nclusters = model.predict(adata)\n" in code
+    assert "query" not in code
+
+
+@pytest.mark.parametrize("column", ["mapped_label", "mapped_uncertainty", "mapped_outlier_score"])
+def test_map_query_does_not_write_over_what_the_reference_reads(cells, monkeypatch, column):
+    cells.obs[column] = cells.obs["batch"]
+    model.CVAE.setup_anndata(cells, layer="counts", batch_key=column, labels_key="donor")
+    reference = model.CVAE(cells, n_latent=2, n_hidden=8)
+    reference.train(**FAST)
+    tl.map_query(cells, reference, key_added="other", train_options=FAST)
+    tl.map_query(cells, reference, key_added="other", train_options=FAST)  # columns of an earlier run are no matter
+    monkeypatch.setattr(model.CVAE, "train", lambda *_, **__: pytest.fail("it trained"))
+    before = keys(cells)
+    with pytest.raises(ValueError, match=rf"written to obs\['{column}'\], which the model reads.*choose another key"):
+        tl.map_query(cells, reference)
+    assert keys(cells) == before

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 
+from ._embedding import _codes
+
 
 def contingency(labels: ArrayLike, clusters: ArrayLike) -> np.ndarray:
     """Cells of each class in each cluster.
@@ -13,7 +15,7 @@ def contingency(labels: ArrayLike, clusters: ArrayLike) -> np.ndarray:
     Parameters
     ----------
     labels, clusters
-        One value for each cell, (n,).
+        One value for each cell, (n,), none missing.
 
     Returns
     -------
@@ -22,13 +24,13 @@ def contingency(labels: ArrayLike, clusters: ArrayLike) -> np.ndarray:
     Raises
     ------
     ValueError
-        If they are not of the same, positive length.
+        If they are not of the same, positive length, or some are missing.
     """
     labels, clusters = np.asarray(labels), np.asarray(clusters)
     if labels.shape != clusters.shape or labels.ndim != 1 or not len(labels):
         msg = f"labels {labels.shape} and clusters {clusters.shape}: one value of each for every cell is needed."
         raise ValueError(msg)
-    a, b = (np.unique(v, return_inverse=True)[1] for v in (labels, clusters))
+    a, b = (_codes(v, len(v), name)[1] for v, name in ((labels, "labels"), (clusters, "clusters")))
     table = np.zeros((a.max() + 1, b.max() + 1), dtype=np.int64)
     np.add.at(table, (a, b), 1)
     return table
@@ -40,7 +42,7 @@ def hungarian_accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
     Parameters
     ----------
     labels, clusters
-        One value for each cell, (n,).
+        One value for each cell, (n,), none missing.
 
     Returns
     -------
@@ -60,7 +62,7 @@ def majority_accuracy(labels: ArrayLike, clusters: ArrayLike) -> float:
     Parameters
     ----------
     labels, clusters
-        One value for each cell, (n,).
+        One value for each cell, (n,), none missing.
 
     Returns
     -------
@@ -76,11 +78,16 @@ def clustering(labels: ArrayLike, clusters: ArrayLike) -> dict[str, float]:
     Parameters
     ----------
     labels, clusters
-        One value for each cell, (n,).
+        One value for each cell, (n,), none missing.
 
     Returns
     -------
     ``hungarian``, ``majority``, ``nmi``, ``ari`` and ``n_clusters``.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`contingency`.
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 

@@ -149,8 +149,9 @@ def _codes(labels: ArrayLike, n: int, name: str) -> tuple[np.ndarray, np.ndarray
     if labels.shape != (n,):
         msg = f"{name} must have one entry for each of the {n} points; its shape is {labels.shape}."
         raise ValueError(msg)
-    # NaN differs from itself, and pandas.NA answers neither yes nor no
-    missing = sum(label is None or str(label == label) != "True" for label in labels.tolist())
+    # NaN differs from itself, and pandas.NA answers neither yes nor no; whole numbers and text have nothing missing
+    some = [] if labels.dtype.kind in "biuSU" else labels.tolist()
+    missing = sum(label is None or str(label == label) != "True" for label in some)
     if missing:
         msg = f"{name} has {missing} missing entries: drop these points or name them."
         raise ValueError(msg)

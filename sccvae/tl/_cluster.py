@@ -12,7 +12,7 @@ from sccvae.model import BaseModel
 from sccvae.model._clustering import entropy
 
 from ._embed import write_embedding
-from ._job import plain, requested, target, trained_model
+from ._job import check_columns, plain, requested, target, trained_model
 
 if TYPE_CHECKING:
     from sccvae.distributions import Likelihood
@@ -79,7 +79,8 @@ def cluster(
     Raises
     ------
     TypeError, KeyError, ValueError
-        As for :func:`embed`; and ValueError if the model has no clusters, or fewer components than classes.
+        As for :func:`embed`; and ValueError if the model has no clusters, or fewer components than classes, or a
+        column to be written is one that it reads.
 
     Examples
     --------
@@ -89,13 +90,15 @@ def cluster(
     >>> sc.pl.umap(adata, color=["gmvae", "gmvae_entropy"])  # doctest: +SKIP
     """
     options = requested(locals())
-    to = target(adata, copy=copy)
-    fitted = trained_model(to, checked(model), **options)
-    key = type(fitted).__name__.lower() if key_added is None else key_added
+    to = target(adata, key_added, copy=copy)
+    name = model if isinstance(checked(model), str) else type(model).__name__.lower()
+    key = name if key_added is None else key_added
+    columns = [key, f"{key}_entropy"]
+    fitted = trained_model(to, model, check=lambda model: check_columns(model, columns), **options)
     q = fitted.predict(to, soft=True)
     values = q.to_numpy()
-    to.obs[key] = pd.Categorical.from_codes(values.argmax(1), categories=list(q.columns))
-    to.obs[f"{key}_entropy"] = entropy(values)
+    to.obs[columns[0]] = pd.Categorical.from_codes(values.argmax(1), categories=list(q.columns))
+    to.obs[columns[1]] = entropy(values)
     to.obsm[f"{key}_proba"] = values
     embedding, entry = write_embedding(to, fitted, f"X_{key}", train_options)
     more = {"n_components": fitted.n_components, "embedding": embedding, "probabilities": f"{key}_proba"}

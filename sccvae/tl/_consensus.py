@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sccvae.metrics import clustering, contingency
 
 from ._cluster import cluster
-from ._job import plain, record, requested, target, trained_model
+from ._job import check_columns, plain, record, requested, target, trained_model
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,9 @@ def consensus(
         raise ValueError(msg)
     asked = _options(options)
     training = dict(asked["train_options"] or {})
-    to = target(adata, copy=copy)
+    to = target(adata, key_added, copy=copy)
+    columns = [key_added, f"{key_added}_confidence"]
+    asked["check"] = lambda model: check_columns(model, columns)
     seeds = [seed + i for i in range(n_runs)]
     models = []
     for i, run in enumerate(seeds):
@@ -109,8 +111,8 @@ def consensus(
         for k, j in enumerate(match):
             mean[:, j] += q[:, k] / n_runs
     labels = mean.argmax(1)
-    to.obs[key_added] = pd.Categorical.from_codes(labels, categories=models[middle].component_names)
-    to.obs[f"{key_added}_confidence"] = np.mean([run == labels for run in aligned], axis=0, dtype=np.float32)
+    to.obs[columns[0]] = pd.Categorical.from_codes(labels, categories=models[middle].component_names)
+    to.obs[columns[1]] = np.mean([run == labels for run in aligned], axis=0, dtype=np.float32)
     pairs = [clustering(a, b)["ari"] for a, b in combinations(own, 2)]
     found = {
         "n_runs": n_runs,

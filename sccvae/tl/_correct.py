@@ -57,7 +57,8 @@ def correct(
         Column of ``obs`` with the batch. Needed unless the model is trained.
     reference
         What the cells are transformed to: a batch, several whose expression is averaged, or None for the average of
-        all batches, each with the same weight. Other covariates stay what they are in each cell.
+        all batches that cells of the training data have, each with the same weight. Other covariates stay what they
+        are in each cell.
     layer, categorical_covariate_keys, continuous_covariate_keys, size_factor_key, n_latent, likelihood
         As for :func:`embed`.
     library_size
@@ -86,9 +87,9 @@ def correct(
     Raises
     ------
     TypeError, KeyError, ValueError
-        As for :func:`embed`; and ValueError if a reference is not a batch of the model, the model does not decode from
-        the batch, ``library_size`` has no meaning, ``key_added`` is the layer of the input, or there is no room in
-        memory.
+        As for :func:`embed`; and ValueError if a reference is no batch of the training cells, the model does not decode
+        from the batch, ``library_size`` has no meaning, ``key_added`` is the layer of the input, or there is no room
+        in memory.
     OSError
         If ``out`` exists or cannot be written, or the disk is too full.
 
@@ -101,7 +102,7 @@ def correct(
     if out is not None and copy:
         msg = "out= writes a file of its own: leave copy=True out."
         raise ValueError(msg)
-    to = target(adata, copy=copy)
+    to = target(adata, key_added, copy=copy)
     trained = isinstance(model, BaseModel)
     if not trained and model != "cvae":
         msg = f"model={model!r} cannot correct: only 'cvae', or a trained CVAE, decodes from the batch."
@@ -148,16 +149,17 @@ def _batches(model: BaseModel, reference: Any) -> list[Any]:
     if key is None or not any(f.variable == "x" and "c" in f.parents for f in model.module.factors.generative):
         msg = (
             f"This {type(model).__name__} does not decode from the batch ({model.module.factors.p}). "
-            "Use a CVAE with batch_key= and prior='fixed'."
+            "Use a CVAE with batch_key= and any prior but 'learned'."
         )
         raise ValueError(msg)
+    seen = {codes[0] for codes in model.reference["codes"]}  # a category that no cell has was not learned
+    known = [batch for code, batch in enumerate(model.schema.categories[key].tolist()) if code in seen]
     if reference is None:
-        return model.schema.categories[key].tolist()
+        return known
     several = isinstance(reference, list | tuple | np.ndarray | pd.Index)
     batches = list(reference) if several else [reference]
-    known = model.schema.categories[key].astype(str)
-    unknown = [str(batch) for batch in batches if str(batch) not in known]
-    if unknown or not batches:
-        msg = f"reference={reference!r} must be of the batches in obs[{key!r}]: {known.tolist()}."
+    names = [str(batch) for batch in known]
+    if not batches or any(str(batch) not in names for batch in batches):
+        msg = f"reference={reference!r} must be of the batches in obs[{key!r}]: {names}."
         raise ValueError(msg)
     return batches

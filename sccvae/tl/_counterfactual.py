@@ -87,7 +87,7 @@ def counterfactual(
     if isinstance(model, str) and batch_key is None and isinstance(condition, Mapping):
         batch_key = next((key for key in condition if key not in covariates), None)
     options = requested(locals())
-    to = target(adata, copy=copy)
+    to = target(adata, key_added, copy=copy)
     if not isinstance(model, BaseModel) and model != "cvae":
         msg = f"model={model!r} cannot be asked what if: only 'cvae', or a trained model, decodes from a condition."
         raise ValueError(msg)

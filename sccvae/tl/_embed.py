@@ -49,7 +49,7 @@ def embed(
     batch_key
         Column of ``obs`` with the batch; for the CVAE and the GMVAE.
     layer
-        Layer with the values, None for ``X``. Count likelihoods, the default of VAE and CVAE, need raw counts; an AE
+        Layer with the values, None for ``X``. Count likelihoods, the default of all but the AE, need raw counts; an AE
         wants log-normalised values.
     categorical_covariate_keys, continuous_covariate_keys
         More columns of ``obs`` that the embedding is to forget; for the CVAE and the GMVAE.
@@ -58,7 +58,9 @@ def embed(
     n_latent
         Number of latent dimensions; None for the default of the model's class.
     likelihood
-        As for :class:`sccvae.model.VAE`; None is its default, ``"nb"``.
+        As for :class:`sccvae.model.VAE`. None is the default of the model: ``"nb"``, but for a CVAE or GMVAE whose
+        decoder knows the batch a negative binomial with an offset and a dispersion for each gene and batch, which reads
+        cells at the median depth; the CVAE then aligns batches more strongly, too. There ``"nb"`` is the plain one.
     key_added
         Key of ``obsm`` and ``uns``; None is ``"X_"`` and the name of the model, such as ``"X_cvae"``.
     copy
@@ -86,8 +88,8 @@ def embed(
     KeyError
         If the layer or a column does not exist.
     ValueError
-        If ``adata`` is a view (and ``copy`` is false), arguments do not fit each other, or the model cannot describe
-        the values; the message says what to do.
+        If ``adata`` is a view (and ``copy`` is false), ``key_added`` holds a ``/``, arguments do not fit each other, or
+        the model cannot describe the values; the message says what to do.
 
     Examples
     --------
@@ -95,7 +97,7 @@ def embed(
     >>> sc.pp.neighbors(adata, use_rep="X_cvae")  # doctest: +SKIP
     """
     options = requested(locals())
-    to = target(adata, copy=copy)
+    to = target(adata, key_added, copy=copy)
     trained = trained_model(to, model, **options)
     write_embedding(to, trained, key_added, train_options)
     return to if copy else None

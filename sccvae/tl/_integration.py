@@ -66,7 +66,7 @@ def integration_report(
     KeyError
         If a column or an embedding is missing.
     ValueError
-        If something cannot be scored; see the two functions.
+        If cells with a type have no batch, or something cannot be scored; see the two functions.
     ImportError
         If ``scores`` is true and scib-metrics is not installed.
 
@@ -75,7 +75,7 @@ def integration_report(
     >>> sccvae.tl.integration_report(adata, "X_cvae", batch_key="batch", label_key="cell_type")  # doctest: +SKIP
     >>> sccvae.pl.integration(adata)  # doctest: +SKIP
     """
-    to = target(adata, copy=copy)
+    to = target(adata, key_added, copy=copy)
     keys = [use_rep] if isinstance(use_rep, str) else list(use_rep)
     for key in (batch_key, label_key):
         if key not in to.obs:
@@ -87,6 +87,14 @@ def integration_report(
             msg = f"There is no adata.obsm[{key!r}]; it has {sorted(to.obsm)}.{cure}"
             raise KeyError(msg)
     known = to.obs[label_key].notna().to_numpy()
+    missing = int(to.obs.loc[known, batch_key].isna().sum())
+    if missing:
+        msg = (
+            f"adata.obs[{batch_key!r}] is missing (NaN) for {missing} of {known.sum()} cells with a type. Give them a "
+            f"batch of their own (`adata.obs[{batch_key!r}] = adata.obs[{batch_key!r}].astype(object).fillna("
+            "'unknown')`) or leave these cells out."
+        )
+        raise ValueError(msg)
     batch, labels = (to.obs.loc[known, key].astype(str).to_numpy() for key in (batch_key, label_key))
     before = to.obsm[unintegrated][known]
     options = {"unintegrated": before, "n_neighbors": n_neighbors, "max_drop": max_drop}

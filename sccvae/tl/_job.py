@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,27 @@ def requested(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def target(adata: AnnData, *, copy: bool) -> AnnData:
-    """The AnnData to write to: ``adata`` itself or its copy.
+def target(adata: AnnData, key: str | None, *, copy: bool) -> AnnData:
+    """The AnnData to write to under ``key``: ``adata`` itself or its copy, which is in memory.
 
     Raises
     ------
     TypeError
         If ``adata`` is no AnnData.
     ValueError
-        If ``adata`` is a view and is to be written to.
+        If ``adata`` is a view and is to be written to, or a file could not hold the key.
     """
     if not isinstance(adata, AnnData):
         msg = f"adata must be an AnnData object, not {type(adata).__name__}."
         raise TypeError(msg)
-    if copy:
-        return adata.to_memory() if adata.isbacked else adata.copy()
+    if "/" in str(key):
+        msg = (
+            f"{key!r} cannot be the key of the results: in a file '/' makes groups within groups, which anndata cannot "
+            "read back. Choose a key without it."
+        )
+        raise ValueError(msg)
+    if copy:  # matrices may be on disk without `adata.isbacked`: those of sccvae.data.open_anndata are
+        return adata.to_memory(copy=True)
     if adata.is_view:
         msg = "adata is a view of another AnnData; run `adata = adata.copy()` first, or pass copy=True."
         raise ValueError(msg)
@@ -118,6 +124,25 @@ def trained_model(
     return new
 
 
+def check_columns(model: BaseModel, columns: Iterable[str]) -> None:
+    """Columns of ``obs`` that are written must not take the place of what the model reads.
+
+    Raises
+    ------
+    ValueError
+        If one would.
+    """
+    schema = model.schema
+    read = [*schema.categories, *schema.continuous, schema.labels_key, schema.size_factor_key]
+    lost = [column for column in columns if column in read]
+    if lost:
+        msg = (
+            f"The results would be written to obs[{lost[0]!r}], which the model reads and which would be lost: choose "
+            "another key."
+        )
+        raise ValueError(msg)
+
+
 def model_class(name: Any, setup: Mapping[str, Any], settings: Mapping[str, Any]) -> type[BaseModel]:
     """The class called ``name``, if it takes account of what is named in ``setup`` and ``settings`` (without None).
 
@@ -155,11 +180,10 @@ def record(model: BaseModel, train_options: Mapping[str, Any] | None) -> dict[st
     -------
     Dictionary with ``model``, ``sccvae_version``, ``seed``, ``params`` (``setup``, ``model``, ``train``), ``epochs``,
     ``history`` (name -> one value for each epoch), and ``elbo_train`` and ``elbo_validation``: the negative ELBO in
-    nats per cell (lower is better) at the epoch whose weights were kept: the best one, of a mixture the last one.
+    nats per cell (lower is better) at the epoch whose weights were kept.
     """
     history = {name: frame[name].to_numpy(dtype=np.float64) for name, frame in (model.history or {}).items()}
-    validation = history.get("elbo_validation")
-    kept = -1 if validation is None or "phase" in history else int(np.nanargmin(validation))
+    kept = model.reference.get("kept_epoch", -1)
     params = {
         "setup": model.registry_["setup_args"],
         "model": model.settings,

@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from sccvae.model import BaseModel, load
 
-from ._job import plain, record, target
+from ._job import MODELS, check_columns, plain, record, target
 
 
 def map_query(
@@ -62,20 +62,29 @@ def map_query(
     TypeError
         If ``adata`` is no AnnData, or ``reference`` neither a model nor a folder.
     FileNotFoundError, KeyError, ValueError
-        If there is no model, or it cannot be mapped on; the message says what to do.
+        If there is no model, it cannot be mapped on, or a column to be written is one that it reads; the message says
+        what to do.
 
     Examples
     --------
     >>> sccvae.tl.map_query(adata_query, "my_reference")  # doctest: +SKIP
-    >>> sc.pl.embedding(adata_query, "X_mapped", color="mapped_label")  # doctest: +SKIP
+    >>> sc.pp.neighbors(adata_query, use_rep="X_mapped")  # doctest: +SKIP
+    >>> sc.tl.umap(adata_query)  # doctest: +SKIP
+    >>> sc.pl.umap(adata_query, color="mapped_label")  # doctest: +SKIP
     """
-    to = target(adata, copy=copy)
+    to = target(adata, key_added, copy=copy)
     if isinstance(reference, str | Path):
         reference = load(reference)
-    if not hasattr(reference, "load_query"):
+    if isinstance(reference, BaseModel) and not hasattr(reference, "load_query"):
+        able = ", ".join(kind.__name__ for kind in MODELS.values() if hasattr(kind, "load_query"))
+        msg = f"Cells cannot be mapped on a model of class {type(reference).__name__}; the classes that can are {able}."
+        raise ValueError(msg)
+    if not isinstance(reference, BaseModel):
         msg = f"reference must be a trained model, or the folder of one, not {type(reference).__name__}."
         raise TypeError(msg)
     has_labels = "transfer" in reference.reference
+    columns = {name: f"{key_added}_{name}" for name in ("label", "uncertainty", "outlier_score")} if has_labels else {}
+    check_columns(reference, columns.values())
     if has_labels and unknown_threshold is not None:
         reference.unknown_score(unknown_threshold)  # refused before anything is trained
     query = reference.load_query(to, freeze=freeze)
@@ -83,8 +92,8 @@ def map_query(
     z = query.get_latent_representation()
     if has_labels:
         table = query.transfer_labels(unknown_threshold=unknown_threshold)
-        for column in ("label", "uncertainty", "outlier_score"):
-            to.obs[f"{key_added}_{column}"] = table[column]
+        for name, column in columns.items():
+            to.obs[column] = table[name]
     to.obsm[f"X_{key_added}"] = z
     to.uns[key_added] = record(query, train_options) | {"seed": seed, "query": plain(query.query_report)}
     return to if copy else None
