@@ -153,6 +153,6 @@ def test_views_and_unknown_genes(model):
 
 
 def test_a_layer_that_no_file_can_hold_is_refused(model):
-    with pytest.raises(ValueError, match="key_added='a/b': .* choose a key without it"):
+    with pytest.raises(ValueError, match=r"key_added='a/b': .* choose a key without it"):
         model.correct(key_added="a/b")
     assert "a/b" not in model.adata.layers
