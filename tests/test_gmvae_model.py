@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from scipy.stats import multivariate_normal
 
 from sccvae import datasets, metrics
 from sccvae.model import GMVAE, load
+from sccvae.train import mixture
 
 FAST = {"progress_bar": False, "accelerator": "cpu", "batch_size": 32, "lr": 3e-3}
 TINY = {"likelihood": "normal", "n_latent": 5, "n_hidden": 32, "n_w": 2}
@@ -222,6 +227,93 @@ def test_the_weight_of_the_divergences_is_not_that_of_the_labels(taught):
     model.train(max_epochs=30, kl_weight=0.01, **FAST)
     found = [(m.predict().astype(str) == adata.obs["class"].astype(str)).mean() for m in (taught, model)]
     assert min(found) > 0.9
+
+
+class Strike(Callback):
+    """Ctrl-C or a long wait where a phase begins or an epoch ends."""
+
+    def __init__(self, stage, hook, what):
+        self.stage, self.what = stage, what
+        setattr(self, hook, self._strike)
+
+    def _strike(self, trainer, pl_module):
+        if pl_module.module.stage == self.stage and not pl_module.rows:
+            self.what()
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+def test_time_is_that_of_all_phases_and_a_resumed_training_is_the_same(tmp_path):
+    adata = make_cells()
+    options = FAST | {"max_epochs": 4, "checkpoint_dir": tmp_path}
+    for stage, phases in (("warmup", {0.0}), ("mixture", {0.0, 1.0, 2.0})):
+        model = make(adata, train=False, n_components=5)
+        slow = Strike(stage, "on_train_epoch_start", lambda: time.sleep(2.1))
+        model.train(callbacks=[slow], max_time={"seconds": 2}, **options)
+        assert set(model.history["phase"]["phase"]) == phases
+    rest, whole = (make(adata, train=False, n_components=5) for _ in range(2))
+    rest.train(**options)
+    whole.train(max_epochs=4, **FAST)
+    assert all(torch.equal(v, rest.module.state_dict()[k]) for k, v in whole.module.state_dict().items())
+    assert set(rest.history) == set(whole.history)
+    for name, frame in whole.history.items():
+        pd.testing.assert_frame_equal(rest.history[name], frame)
+
+
+@pytest.mark.parametrize("where", ["between", "at the end of an epoch"])
+def test_ctrl_c_wherever_it_strikes(where, monkeypatch):
+    model = make(make_cells(), train=False, n_components=5)
+    if where == "between":
+        monkeypatch.setattr(mixture, "_moments", lambda *_: ctrl_c())
+        model.train(max_epochs=3, **FAST)
+    else:
+        strike = Strike("mixture", "on_train_epoch_end", ctrl_c)
+        model.train(max_epochs=3, callbacks=[strike], **FAST)
+    assert model.is_trained
+    assert len(model.history["elbo_train"]) >= 3
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+def test_lightnings_early_stopping_is_of_the_warm_up():
+    model = make(make_cells(), train=False, n_components=5)
+    stop = EarlyStopping("elbo_validation", patience=1, min_delta=1e6)
+    model.train(max_epochs=8, callbacks=[stop], **FAST)
+    phases = model.history["phase"]["phase"].value_counts()
+    assert phases[0.0] == 2
+    assert phases[2.0] > 2
+
+
+def test_a_checkpoint_is_of_one_guide_and_one_set_of_labels(tmp_path):
+    adata = make_cells()
+    adata.obs["other"] = np.arange(adata.n_obs) % 5
+    options = FAST | {"max_epochs": 2, "checkpoint_dir": tmp_path}
+    make(adata, train=False, n_components=5).train(guide="class", **options)
+    for guide in ("other", None):
+        with pytest.raises(ValueError, match=r"other settings .*model's guide"):
+            make(adata, train=False, n_components=5).train(guide=guide, **options)
+    with pytest.raises(ValueError, match=r"other settings .*model's setup"):
+        make(adata, train=False, n_components=5, setup={"labels_key": "other"}).train(**options)
+
+
+def test_a_loaded_model_chooses_the_number_again(tmp_path):
+    adata = make_cells()
+    model = make(adata, train=False)
+    model.train(max_epochs=3, checkpoint_dir=tmp_path / "run", **FAST)
+    model.save(tmp_path / "m")
+    again = load(tmp_path / "m", adata)
+    again.train(max_epochs=3, checkpoint_dir=tmp_path / "run", **FAST)
+    assert all(torch.equal(v, again.module.state_dict()[k]) for k, v in model.module.state_dict().items())
+    assert again._choose_components
+
+
+def test_a_training_that_fails_leaves_the_split():
+    model = make(make_cells())
+    before = model.train_indices
+    with pytest.raises(ValueError, match="learning rate"):
+        model.train(max_epochs=1, seed=5, **FAST | {"lr": -1.0})
+    assert model.train_indices is before
 
 
 def test_a_training_that_chose_the_number_of_components_can_be_called_again(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -31,6 +32,17 @@ from sccvae.module import AE, VAE
 from sccvae.train.checkpoint import FILE_NAME
 
 # Ctrl-C
+
+
+class Slow(Callback):
+    """An epoch that takes longer than there is time."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if len(pl_module.rows) + 1 == self.epoch:
+            time.sleep(1.1)
 
 
 class InterruptedLoss:
@@ -239,16 +251,37 @@ def test_settings_of_the_model_are_compared(tmp_path):
 
 
 def test_a_training_that_ran_out_of_time_goes_on(tmp_path):
-    class Enough(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = len(pl_module.rows) == 2
-
-    train(an_ae(), checkpoint_dir=tmp_path, callbacks=[Enough()])
+    first = train(an_ae(), checkpoint_dir=tmp_path, callbacks=[Slow(2)], max_time={"seconds": 1})
+    assert first.interrupted
+    assert len(first.history["elbo_train"]) == 2
     rest = train(again := an_ae(), checkpoint_dir=tmp_path)
     whole = train(once := an_ae())
     assert same(state(again), state(once))
     assert same_history(rest.history, whole.history)
     assert rest.kept == whole.kept
+
+
+def test_a_training_that_a_callback_stopped_has_ended(tmp_path):
+    class Enough(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = len(pl_module.rows) == 2
+
+    first = train(once := an_ae(), checkpoint_dir=tmp_path, callbacks=[Enough()])
+    second = train(again := an_ae(), checkpoint_dir=tmp_path, callbacks=[Enough()])
+    assert not first.interrupted
+    assert same(state(again), state(once))
+    assert same_history(first.history, second.history)
+
+
+def test_no_time_at_all():
+    with pytest.raises(ValueError, match=r"max_time=.* was over before the first epoch"):
+        train(an_ae(), max_time={"seconds": 0})
+
+
+def test_settings_may_be_numbers_of_numpy(tmp_path):
+    numbers = {"max_epochs": np.int64(4), "batch_size": np.int64(8), "lr": np.float32(0.001), "seed": np.int64(3)}
+    train(an_ae(), checkpoint_dir=tmp_path, settings={"keys": np.array(["a"])}, **numbers)
+    train(an_ae(), checkpoint_dir=tmp_path, settings={"keys": ["a"]}, **numbers)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04not a tensor file", b"cos\nsystem\n(S'touch pwned'\ntR."])

@@ -25,7 +25,7 @@ from _training import (
     train,
 )
 from lightning import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -296,7 +296,7 @@ def test_user_callbacks_work(tmp_path, monkeypatch):
 
 
 def test_lightning_checkpoints_are_refused_loudly(tmp_path):
-    """They would pickle, and never be written, since Lightning does not count our optimiser steps."""
+    """They would pickle: whoever wants them says so (the next test)."""
     with pytest.raises(MisconfigurationException, match="found `ModelCheckpoint`"):
         train(an_ae(), callbacks=[ModelCheckpoint(tmp_path)])
 
@@ -349,6 +349,18 @@ def test_the_epoch_that_is_kept(options):
     assert elbo.iloc[result.kept] == pytest.approx(square_error(module), rel=1e-5)
     if not options.keys() & {"restore_best", "kl_warmup"}:
         assert elbo.iloc[result.kept] == elbo.iloc[2:].min()
+
+
+def test_epochs_without_a_validation_have_no_values():
+    elbo = train(an_ae(), max_epochs=6, check_val_every_n_epoch=2).history["elbo_validation"].iloc[:, 0]
+    assert elbo.isna().tolist() == [True, False] * 3
+
+
+def test_lightnings_checkpoints_and_bar(tmp_path, capsys):
+    """Both if they are asked for."""
+    callbacks = [ModelCheckpoint(tmp_path, save_last=True), TQDMProgressBar()]
+    train(an_ae(), callbacks=callbacks, enable_checkpointing=True)
+    assert (tmp_path / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("name", ["max_epochs", "batch_size"])

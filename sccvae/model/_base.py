@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import weakref
 from abc import ABC, abstractmethod
@@ -208,7 +209,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         callbacks
             More Lightning callbacks.
         **trainer_options
-            For ``lightning.Trainer``, for example ``logger=``; ``cuda_graphs`` as for :func:`sccvae.train.fit`.
+            For ``lightning.Trainer``, for example ``logger=``; ``max_time`` and ``cuda_graphs`` as for
+            :func:`sccvae.train.fit`.
 
         Raises
         ------
@@ -218,28 +220,33 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             If the loss stops being finite; the model then has its best weights.
         """
         store = self._training_store(data)
+        before = self.train_indices, self.validation_indices, self.test_indices
         self.train_indices, self.validation_indices, self.test_indices = split_indices(
             len(store), train_size, validation_size, seed
         )
-        result = self._fit(
-            store,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            kl_weight=kl_weight,
-            kl_warmup=kl_warmup,
-            early_stopping=early_stopping,
-            patience=patience,
-            accelerator=accelerator,
-            devices=devices,
-            checkpoint_dir=checkpoint_dir,
-            seed=seed,
-            progress_bar=progress_bar,
-            callbacks=callbacks,
-            settings=self._made_with,
-            **trainer_options,
-        )
+        try:
+            result = self._fit(
+                store,
+                max_epochs=max_epochs,
+                batch_size=batch_size,
+                lr=lr,
+                weight_decay=weight_decay,
+                kl_weight=kl_weight,
+                kl_warmup=kl_warmup,
+                early_stopping=early_stopping,
+                patience=patience,
+                accelerator=accelerator,
+                devices=devices,
+                checkpoint_dir=checkpoint_dir,
+                seed=seed,
+                progress_bar=progress_bar,
+                callbacks=callbacks,
+                settings=self._made_with | {"setup": self.registry_["setup_args"]},
+                **trainer_options,
+            )
+        except BaseException:  # the split belongs to the weights: those of before stay
+            self.train_indices, self.validation_indices, self.test_indices = before
+            raise
         self._finish_training(result)
 
     def _fit(self, store: CellStore, **options: Any) -> TrainingResult:
@@ -383,6 +390,11 @@ def evaluating(seed: int) -> Iterator[None]:
     """:func:`seeded`, without gradients."""
     with seeded(seed), torch.inference_mode():
         yield
+
+
+def digest(codes: np.ndarray | None) -> str | None:
+    """A short name of these codes (n,), by which a checkpoint tells them from others."""
+    return None if codes is None else hashlib.sha256(codes.astype(np.int64).tobytes()).hexdigest()[:12]
 
 
 def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from anndata import AnnData
 from sccvae import module
 from sccvae.data import CellStore
 from sccvae.distributions import Likelihood
-from sccvae.model._base import BaseModel, settings_of
+from sccvae.model._base import BaseModel, digest, settings_of
 from sccvae.model._clustering import MixtureMixin
 from sccvae.model._correction import CorrectionMixin
 from sccvae.model._counterfactual import CounterfactualMixin, PerturbationMixin
@@ -131,7 +131,8 @@ class GMVAE(
         ----------
         max_epochs
             Epochs of the warm-up; None for about 6,000 optimiser steps. Each of the two rounds of the guide takes a
-            fifth of it, at most 6, the guided phase half, at most 15, the free one a tenth, at most 5.
+            fifth of it, at most 6, the guided phase half, at most 15, the free one a tenth, at most 5; but rounds and
+            guided phase at least 200 optimiser steps, as far as the warm-up has so many epochs.
         guide
             Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
             none). Unlike ``labels_key``, they only start the clusters.
@@ -155,6 +156,8 @@ class GMVAE(
 
     def _fit(self, store: CellStore, *, guide: np.ndarray | None, **options: Any) -> TrainingResult:
         store = CellStore(store.cells, self._label_codes())
+        options["settings"] |= {"guide": digest(guide), "labels": digest(store.labels)}
+        self.reference["chooses_components"] = self._choose_components
         try:
             return fit_mixture(
                 self.module,

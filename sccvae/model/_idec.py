@@ -98,6 +98,8 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
         super().train(max_epochs, init=init, **options)
 
     def _fit(self, store: CellStore, **options: Any) -> TrainingResult:
+        options["settings"] |= {"init": options["init"]}
+        self.reference["chooses_components"] = self._choose_components
         try:
             return fit_deep_clustering(
                 self.module,

@@ -136,6 +136,9 @@ class SavingMixin:
             msg = f"{folder / WEIGHTS_FILE} is damaged or does not belong to {JSON_FILE}: {error}"
             raise ValueError(msg) from error
         model.reference = content["reference"]
+        if model.reference.get("chooses_components"):  # the settings have the number that was chosen
+            model._choose_components = True
+            model._made_with["n_components"] = None
         model.history_ = {
             name: pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
             for name, values in content["history"].items()

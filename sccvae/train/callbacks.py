@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 
@@ -51,12 +52,7 @@ class BestWeights(Callback):
             self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}
         else:
             self.waited += 1
-            trainer.should_stop |= self.ended
-
-    @property
-    def ended(self) -> bool:
-        """Whether patience is over."""
-        return self.patience is not None and self.waited >= self.patience
+            trainer.should_stop |= self.patience is not None and self.waited >= self.patience
 
     def restore(self, module: torch.nn.Module) -> None:
         """Give the module its best weights back."""
@@ -110,6 +106,12 @@ class CellsBar(Callback):
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+def out_of_time(trainer: Trainer) -> bool:
+    """Whether a training was stopped by ``max_time=``, and so could go on."""
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]
+    return any(timer.time_remaining() is not None and timer.time_remaining() <= 0 for timer in timers)
 
 
 def progress(**options: Any) -> Any:

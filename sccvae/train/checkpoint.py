@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sccvae.train.callbacks import BestWeights
+from sccvae.train.callbacks import BestWeights, out_of_time
 from sccvae.train.plan import TrainingPlan
 
 FILE_NAME = "training.safetensors"
@@ -30,14 +30,14 @@ class ResumableTraining(Checkpoint):
     folder
         Where the file lies; made if missing.
     settings
-        What must be the same for a training to go on (plain JSON values).
+        What must be the same for a training to go on, as JSON values; other types by their text.
     best
         The keeper of the best weights, or None.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], best: BestWeights | None) -> None:
         self.path = Path(folder) / FILE_NAME
-        self.settings, self.best = settings, best
+        self.settings, self.best = json.loads(json.dumps(settings, default=_plain)), best
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the finished epoch; of several processes the first does."""
@@ -46,8 +46,7 @@ class ResumableTraining(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the training has ended by itself; one that ran out of time (``max_time=``) goes on later."""
-        finished = len(pl_module.rows) >= self.settings["max_epochs"]
-        finished |= any(getattr(c, "ended", False) for c in trainer.callbacks)
+        finished = len(pl_module.rows) >= self.settings["max_epochs"] or not out_of_time(trainer)
         if trainer.is_global_zero:
             self.write(pl_module, finished=finished)
 
@@ -72,7 +71,11 @@ class ResumableTraining(Checkpoint):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         # clone: safetensors refuses tensors that share memory
-        save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, temporary, {"sccvae": json.dumps(header)})
+        save_file(
+            {k: v.detach().cpu().clone() for k, v in tensors.items()},
+            temporary,
+            {"sccvae": json.dumps(header, default=_plain)},
+        )
         os.replace(temporary, self.path)
 
     def resume(self, plan: TrainingPlan) -> bool:
@@ -125,3 +128,8 @@ class ResumableTraining(Checkpoint):
             self.best.epoch = header.get("best_epoch", -1)
             self.best.weights = part["best"] or None
         return header["finished"]
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

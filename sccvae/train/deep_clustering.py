@@ -95,6 +95,25 @@ def fit_deep_clustering(
     epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
     options |= {"batch_size": batch_size, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
+    try:
+        return _in_phases(phases, store, epochs, choose_components, init, kl_warmup, early_stopping)
+    except KeyboardInterrupt:  # between two phases: within one, it ends in order by itself
+        if not phases.frames:
+            raise
+        return phases.so_far()
+
+
+def _in_phases(
+    phases: Phases,
+    store: CellStore,
+    epochs: int,
+    choose_components: bool,
+    init: str,
+    kl_warmup: float,
+    early_stopping: bool,
+) -> TrainingResult:
+    """:func:`fit_deep_clustering`, with the epochs of the pretraining."""
+    module, train_rows, seed = phases.module, phases.train_rows, phases.seed
     if choose_components:  # a training before this one may have chosen
         with drawn_with(seed):
             module.set_components(1)
@@ -157,12 +176,7 @@ class TargetDistribution(Callback):
         before = self.labels
         self._update(pl_module.module)
         self.changed.append(float((self.labels != before).mean()))
-        trainer.should_stop |= self.ended
-
-    @property
-    def ended(self) -> bool:
-        """Whether labels are stable."""
-        return self.changed[-1] < self.tolerance
+        trainer.should_stop |= self.changed[-1] < self.tolerance
 
     def _update(self, module: IDEC) -> None:
         total = torch.zeros_like(module.frequencies, dtype=torch.float64)

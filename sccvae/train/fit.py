@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar, Timer
 
 from sccvae._recording import Recorder
 from sccvae.data import CellStore, ChunkLoader, resident, shuffled_loader
 from sccvae.module import GenerativeModule
 from sccvae.nn import check_sizes
-from sccvae.train.callbacks import BestWeights, CellsBar
+from sccvae.train.callbacks import BestWeights, CellsBar, out_of_time
 from sccvae.train.checkpoint import ResumableTraining
 from sccvae.train.plan import TrainingPlan
 from sccvae.train.schedules import Schedule, default_max_epochs
@@ -45,7 +47,7 @@ class TrainingResult:
     history
         Logged name -> data frame with one column, indexed by epoch.
     interrupted
-        Whether Ctrl-C ended it.
+        Whether Ctrl-C or ``max_time`` ended it.
     trainer
         Lightning's trainer; None if a finished training was read from disk.
     kept
@@ -75,6 +77,7 @@ def fit(
     accelerator: str = "auto",
     devices: int | list[int] = 1,
     checkpoint_dir: str | Path | None = None,
+    max_time: str | timedelta | dict[str, int] | None = None,
     seed: int = 0,
     progress_bar: bool = True,
     callbacks: Sequence[Callback] = (),
@@ -112,6 +115,8 @@ def fit(
         gradients are averaged.
     checkpoint_dir
         Folder for the state of the training after every epoch; a later call with the same settings goes on from there.
+    max_time
+        As for ``lightning.Trainer``; the epoch that runs then is the last one.
     seed
         Of mini-batch order and noise. The global random state of torch is left as it was.
     progress_bar
@@ -140,12 +145,14 @@ def fit(
     TypeError
         If ``max_epochs`` or ``batch_size`` is no whole number.
     ValueError
-        If there are too few training cells, epochs or cells in a mini-batch, a checkpoint does not fit, or Apple's GPU
+        If there are too few training cells, epochs or cells in a mini-batch, a checkpoint does not fit, ``max_time`` is
+        no time at all, or Apple's GPU
         is asked for and x are counts.
     FloatingPointError
         If the loss stops being finite; the module then has its best weights, or, before any validation, its first ones.
     """
     check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
+    batch_size = int(batch_size)
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
         raise ValueError(msg)
@@ -166,7 +173,7 @@ def fit(
             "batch_size of at least 3, or norm='layer'."
         )
         raise ValueError(msg)
-    max_epochs = default_max_epochs(steps) if max_epochs is None else max_epochs
+    max_epochs = default_max_epochs(steps) if max_epochs is None else int(max_epochs)
     schedule = Schedule(steps * max_epochs, kl_weight, kl_warmup)
     plan = TrainingPlan(module, schedule, lr=lr, weight_decay=weight_decay)
     best = None
@@ -175,7 +182,8 @@ def fit(
             patience = max(PATIENCE_EPOCHS, math.ceil(PATIENCE_STEPS / steps))
         settled = min(schedule.warmup_steps * (2 if module.has_late_penalty else 1), steps * max_epochs)
         best = BestWeights(patience=patience if early_stopping else None, warmup_steps=settled)
-    used = [*callbacks, *filter(None, [best])]
+    timer = None if max_time is None else Timer(max_time, "epoch")
+    used = [*callbacks, *filter(None, [best, timer])]
     if progress_bar:
         used.append(CellsBar(len(train_rows), max_epochs, description))
     with ExitStack() as stack:
@@ -198,6 +206,9 @@ def fit(
             used.append(checkpoint)
         # We log once an epoch, which is less than Lightning expects of the log; an empty loader it would warn about.
         defaults = {"logger": False, "log_every_n_steps": 1, "limit_val_batches": 1.0 if len(validation_rows) else 0}
+        # Lightning's own checkpoints pickle: who wants them sets this.
+        defaults["enable_checkpointing"] = checkpoint is not None
+        defaults["enable_progress_bar"] = any(isinstance(c, ProgressBar) for c in used)
         first = {k: v.clone() for k, v in module.state_dict().items()}
         trainer, interrupted = None, False
         try:
@@ -208,9 +219,7 @@ def fit(
                     accelerator=accelerator,
                     devices=devices,
                     callbacks=used,
-                    enable_progress_bar=False,
                     enable_model_summary=False,
-                    enable_checkpointing=checkpoint is not None,
                     num_sanity_val_steps=0,
                     **defaults | trainer_options,
                 )
@@ -219,7 +228,7 @@ def fit(
                 validation = ChunkLoader(store, validation_rows, batch_size, n_processes=n_processes)
                 with _on_gpu(plan, trainer, (train_loader, validation)) if cuda_graphs else nullcontext():
                     trainer.fit(plan, train_loader, validation)
-                if len(plan.rows) == done:  # others have trained, forked from this process
+                if len(plan.rows) == done and n_processes > 1:  # others have trained, forked from this process
                     checkpoint.resume(plan)
         except SystemExit as stop:  # Lightning answers Ctrl-C, wherever it strikes, by ending the Python session
             if not isinstance(stop.__context__, KeyboardInterrupt):
@@ -234,7 +243,13 @@ def fit(
             if restored:
                 best.restore(module)
             module.eval()
-    if interrupted:
+    if not plan.rows and timer is not None:
+        msg = f"max_time={max_time!r} was over before the first epoch began; give it more."
+        raise ValueError(msg)
+    if trainer is not None and len(plan.rows) < max_epochs and out_of_time(trainer):
+        logger.warning("Time was over after epoch %d of %d at most.", len(plan.rows), max_epochs)
+        interrupted = True
+    elif interrupted:
         logger.warning("Training was interrupted in epoch %d; the model keeps its current weights.", len(plan.rows) + 1)
     table = pd.DataFrame(plan.rows)
     table.index.name = "epoch"

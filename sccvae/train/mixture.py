@@ -144,7 +144,28 @@ def fit_mixture(
     warm = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
     options |= {"batch_size": batch_size, "lr": lr, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
-    cells = store.cells
+    try:
+        return _in_phases(phases, store, known, warm, guide, choose_components, batch_size=batch_size, lr=lr, seed=seed)
+    except KeyboardInterrupt:  # between two phases: within one, it ends in order by itself
+        if not phases.frames:
+            raise
+        return MixtureResult(phases.so_far(), None)
+
+
+def _in_phases(
+    phases: Phases,
+    store: CellStore,
+    known: np.ndarray,
+    warm: int,
+    guide: np.ndarray | None,
+    choose_components: bool,
+    *,
+    batch_size: int,
+    lr: float,
+    seed: int,
+) -> MixtureResult:
+    """:func:`fit_mixture`, with labels (n,) of all cells, -1 for unknown, and the epochs of the warm-up."""
+    module, train_rows, cells = phases.module, phases.train_rows, store.cells
     often = _more_often(train_rows, known, KNOWN_SHARE)
 
     def phase(
@@ -353,7 +374,11 @@ def _lost(module: GMVAE, store: CellStore, rows: np.ndarray, labels: np.ndarray)
 
 
 class MixtureMonitor(Callback):
-    """Watches the mixture over the epochs, on a few training cells.
+    """Watches the mixture over the epochs, on a few training cells; the history of the training tells what it sees.
+
+    For each epoch these are ``components_in_use`` (of at least 0.5 % of the cells), ``entropy`` of q(y|.) in nats,
+    ``active_units`` of z (variance of the means above 0.01; Burda et al. 2016) and ``occupancy_<k>``, the share of
+    cells.
 
     Parameters
     ----------
@@ -361,18 +386,10 @@ class MixtureMonitor(Callback):
         The cells.
     watched
         Which of them, (n,) int64.
-
-    Attributes
-    ----------
-    per_epoch
-        For each epoch ``components_in_use`` (of at least 0.5 % of the cells), ``entropy`` of q(y|.) in nats,
-        ``active_units`` of z (variance of the means above 0.01; Burda et al. 2016) and ``occupancy_<k>``, the share of
-        cells.
     """
 
     def __init__(self, store: CellStore, watched: np.ndarray) -> None:
         self.store, self.watched = store, watched
-        self.per_epoch: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the cells."""
@@ -386,4 +403,4 @@ class MixtureMonitor(Callback):
             "entropy": float(-(q * q.clamp(min=1e-12).log()).sum(1).mean()),
             "active_units": float((z.var(0) > 0.01).sum()) if len(z) > 1 else 0.0,
         }
-        self.per_epoch.append(row | {f"occupancy_{k}": float(s) for k, s in enumerate(share)})
+        pl_module.watched = row | {f"occupancy_{k}": float(s) for k, s in enumerate(share)}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning import Callback
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from sccvae.data import CellStore
 from sccvae.module import GenerativeModule
 from sccvae.train.fit import TrainingResult, fit
+
+logger = logging.getLogger(__name__)
 
 
 class Phases:
@@ -23,7 +29,8 @@ class Phases:
     Parameters
     ----------
     module, train_rows, validation_rows, checkpoint_dir, callbacks, seed, **options
-        As for :func:`sccvae.train.fit`. Each phase has a folder of its own in ``checkpoint_dir`` and a seed of its own.
+        As for :func:`sccvae.train.fit`. Each phase has a folder of its own in ``checkpoint_dir`` and a seed of its own;
+        ``max_time`` is that of all. Lightning's ``EarlyStopping`` is for the first: losses of others do not compare.
 
     Attributes
     ----------
@@ -47,6 +54,10 @@ class Phases:
         self.checkpoint_dir, self.callbacks = checkpoint_dir, callbacks
         self.seed, self.options = seed, options
         self.frames: list[pd.DataFrame] = []
+        self.trainer: Trainer | None = None
+        self.end = None
+        if (max_time := self.options.pop("max_time", None)) is not None:
+            self.end = time.monotonic() + Timer(max_time).time_remaining()
 
     def run(
         self,
@@ -71,7 +82,7 @@ class Phases:
         max_epochs
             Epochs; a share of those of another phase is rounded, to one at least.
         watch
-            A callback of this phase; what it has in ``per_epoch``, one dictionary for each epoch, joins the history.
+            A callback of this phase.
         again
             Training rows that are shown once more in each epoch, (m,) int64, a row as often as it is in there.
         **options
@@ -82,6 +93,10 @@ class Phases:
         History of all phases so far, whether this one was interrupted, and its trainer.
         """
         index = len(self.frames)
+        left = None if self.end is None else self.end - time.monotonic()
+        if index and left is not None and left <= 0:
+            return self.so_far()
+        callbacks = [c for c in self.callbacks if not (index and isinstance(c, EarlyStopping))]
         found = fit(
             self.module,
             store,
@@ -89,18 +104,26 @@ class Phases:
             self.validation_rows,
             max_epochs=max_epochs if isinstance(max_epochs, int) else max(1, round(max_epochs)),
             checkpoint_dir=None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / f"{index}-{name}",
-            callbacks=[*self.callbacks, *filter(None, [watch])],
+            callbacks=[*callbacks, *filter(None, [watch])],
+            max_time=None if left is None else timedelta(seconds=max(left, 0)),
             seed=self.seed + index,
             description=name,
             **self.options | options,
         )
         frame = pd.concat([*found.history.values()], axis=1) if found.history else pd.DataFrame()
-        rows = getattr(watch, "per_epoch", [])
-        watched = pd.DataFrame(rows, index=frame.index[len(frame) - len(rows) :])
         kept = sum(map(len, self.frames)) + found.kept
-        self.frames.append(pd.concat([frame, watched], axis=1).assign(phase=float(number)))
+        self.frames.append(frame.assign(phase=float(number)))
+        self.trainer = found.trainer
+        return TrainingResult(self._history(), found.interrupted, found.trainer, kept)
+
+    def so_far(self) -> TrainingResult:
+        """What is there when Ctrl-C strikes, or time is over, between two phases."""
+        logger.warning("Training ends after %d of its phases; the model keeps its current weights.", len(self.frames))
+        return TrainingResult(self._history(), True, self.trainer, sum(map(len, self.frames)) - 1)
+
+    def _history(self) -> dict[str, pd.DataFrame]:
         table = pd.concat(self.frames, ignore_index=True).rename_axis(index="epoch")
-        return TrainingResult({column: table[[column]] for column in table}, found.interrupted, found.trainer, kept)
+        return {column: table[[column]] for column in table}
 
 
 @contextmanager

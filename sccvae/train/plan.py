@@ -63,6 +63,7 @@ class TrainingPlan(LightningModule):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "validation": {}}
         self._counts = {"train": 0, "validation": 0}
         self._validation: dict[str, float] = {}
+        self.watched: dict[str, float] = {}  # what callbacks add to the row of the epoch
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, fused where the device has it."""
@@ -169,7 +170,8 @@ class TrainingPlan(LightningModule):
         rates = {"kl_weight": self.schedule.kl(last), "lr": self.lr * self.schedule.lr(last)}
         means = self._means("train") | rates
         self.log_dict(means, sync_dist=self.trainer.world_size > 1)
-        self.rows.append(means | self._validation)
+        self.rows.append(means | self._validation | self.watched)
+        self._validation, self.watched = {}, {}
 
     def _add(self, part: str, report: dict[str, Tensor], n: int) -> None:
         sums = self._sums[part]
