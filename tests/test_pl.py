@@ -168,6 +168,13 @@ def test_latent_takes_scanpy_colours_and_shows_missing_values(cells):
     assert {to_hex(color) for color in drawn(pl.latent(cells, color="empty"))[:, 2:5]} == {MISSING.lower()}
 
 
+def test_latent_keeps_the_colour_of_a_category_called_missing():
+    for given in (["known", "missing"], ["known", "missing", None]):
+        ax = pl.latent(np.eye(len(given)), color=given)
+        dots = [to_hex(dot.get_color()) for dot in ax.get_legend().legend_handles]
+        assert dots == [to_hex(color) for color in [*palette(2), MISSING][: len(given)]]
+
+
 def test_latent_gives_numbers_a_colour_bar(cells):
     cells.obs.loc["cell0", "n_counts"] = np.nan
     cells.obs.loc["cell1", "n_counts"] = 1e6
@@ -225,6 +232,15 @@ def test_umap_computes_on_a_copy_with_a_fixed_seed(cells, monkeypatch):
     assert calls == [{"use_rep": "X", "n_neighbors": 15, "random_state": 7}, 7]
     np.testing.assert_allclose(np.sort(ax.collections[-1].get_offsets()[:, 0]), np.sort(cells.obsm["X_cvae"][:, 0] + 1))
     assert_same(cells, before)
+
+
+def test_umap_takes_one_name_and_refuses_few_cells_before_it_draws(cells):
+    assert pl.umap(cells, bases="X_cvae", colors="batch", titles="mine")[0, 0].get_ylabel() == "UMAP of mine"
+    plt.close("all")
+    del cells.obsm["X_cvae_umap"]
+    with pytest.raises(ValueError, match="at least 4 cells, but there are 3"):
+        pl.umap(cells[:3], bases="X_cvae")
+    assert not plt.get_fignums()
 
 
 def test_images_are_drawn_in_the_shape_that_the_data_keep(digits):

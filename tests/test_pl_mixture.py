@@ -72,6 +72,15 @@ def test_mixture_draws_cells_in_the_colour_of_their_component_and_the_means(gmva
     assert set(gmvae.adata.obsm) == set(before.obsm)
 
 
+def test_mixture_reaches_out_to_means_far_from_the_cells(gmvae):
+    some = gmvae.adata[gmvae.predict().to_numpy() == "0"].copy()
+    for ax in (pl.mixture(gmvae, some), pl.entropy(gmvae, some)):  # the same view
+        ax.figure.draw_without_rendering()
+        (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+        means = gmvae.get_components()[0].to_numpy()
+        assert ((means > [left, low]) & (means < [right, high])).all()
+
+
 def test_mixture_embeds_means_with_the_cells_and_takes_some_cells(gmvae, monkeypatch):
     seen = []
     monkeypatch.setattr(_mixture, "_compute_umap", lambda x, **_: (seen.append(x), x[:, :2] + 1)[1])
@@ -140,6 +149,26 @@ def test_occupancy_names_the_phase_that_was_run_again_and_the_components():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [r"T \$", "B"]
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("lengths", [(60, 12, 15, 5, 5), (60, 12, 15, 1, 1), (10, 10, 10, 1, 1)])
+def test_occupancy_names_of_phases_overprint_nothing(lengths, own):
+    axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")[1]
+    ax = pl.occupancy(shares(sum(lengths), np.repeat(range(5), lengths)), ax=axes[0] if own else None)
+    ax.figure.draw_without_rendering()
+    for text in ax.texts:
+        assert text.get_window_extent().y0 > ax.get_legend().get_window_extent().y1 - 8
+        assert ax.figure.bbox.padded(1).containsx(text.get_window_extent().x1)
+    # the names are parallel: their distance is that of their starts, seen along the line
+    starts = np.array([ax.transAxes.transform(t.get_position())[0] for t in ax.texts])
+    turn = np.sin(np.deg2rad(ax.texts[0].get_rotation()))
+    assert (np.diff(starts) * turn > 8 / 72 * ax.figure.dpi).all()
+
+
+def test_occupancy_keeps_names_level_where_they_fit():
+    ax = pl.occupancy(shares(40, np.repeat([0, 1, 2, 3], 10)))
+    assert {t.get_rotation() for t in ax.texts} == {0}
+
+
 def test_occupancy_of_a_trained_model_and_of_its_history(gmvae):
     for given in (gmvae, gmvae.history):
         ax = pl.occupancy(given)
@@ -162,6 +191,38 @@ def test_history_keeps_the_jump_between_phases_from_flattening_the_rest():
     assert [line.get_xdata()[0] for line in ax.lines if line.get_gid() == "phase"] == [19.5]
 
 
+def guided_history() -> dict[str, np.ndarray]:
+    """A warm-up, three guide rounds in which the terms are zero, and a guided phase; no cell held out has a guide."""
+    phase = np.repeat([0.0, 1.0, 2.0], [10, 3, 10])
+    zero, elbo = np.where(phase == 1, 0.0, 150.0), np.where(phase == 1, 2.0, 180.0)
+    terms = {"elbo": elbo, "reconstruction": zero, "kl_z": zero, "kl_y": np.where(phase == 1, 2.0, 1.0)}
+    both = {f"{name}_{side}": values for name, values in terms.items() for side in ("train", "validation")}
+    return both | {"kl_y_validation": np.where(phase == 1, 0.0, 1.0), "phase": phase}
+
+
+def test_history_leaves_a_gap_in_the_guide_rounds():
+    given = guided_history()
+    elbo, reconstruction, kl_z, kl_y = pl.history(given)
+    for ax in (elbo, reconstruction, kl_z):
+        assert ax.get_ylim()[0] > 100
+        assert [t.get_text() for t in ax.texts] == ["guide"]
+        for line in ax.get_lines()[:2]:
+            np.testing.assert_array_equal(np.isnan(line.get_ydata()), given["phase"] == 1)
+    train, validation = kl_y.get_lines()[:2]
+    np.testing.assert_array_equal(train.get_ydata(), given["kl_y_train"])  # what is learned there
+    np.testing.assert_array_equal(np.isnan(validation.get_ydata()), given["phase"] == 1)
+    assert not kl_y.texts
+
+
+def test_history_has_no_gap_in_other_phases_and_shows_a_lone_epoch():
+    idec = {name: values for name, values in guided_history().items() if not name.startswith("kl")}
+    assert all(np.isfinite(line.get_ydata()).all() for line in pl.history(idec)[0].get_lines())
+    short = {name: values[9:] for name, values in guided_history().items()}  # one epoch, gap, others
+    line = pl.history(short)[0].get_lines()[0]
+    assert line.get_marker() == "o"
+    assert np.flatnonzero(line.get_markevery()).tolist() == [0]
+
+
 def test_confusion_puts_the_match_on_the_diagonal_and_the_rest_beside():
     classes = ["a"] * 5 + ["b"] * 5 + ["c"] * 4 + [None]
     components = [2] * 4 + [0] + [3] * 3 + [1] * 2 + [0] * 4 + [0]
@@ -181,6 +242,14 @@ def test_confusion_of_a_model_and_without_numbers_where_they_are_many(gmvae):
     some = gmvae.adata[:30].copy()
     assert sum(int(t.get_text()) for t in pl.confusion(gmvae, "class", some).texts) == 30
     assert not pl.confusion(np.arange(60) % 20, np.arange(60) % 3).texts
+
+
+def test_confusion_has_room_for_long_names_of_components():
+    ax = pl.confusion(["CD8+/CD45RA+ Naive Cytotoxic", "CD14+ Monocyte"] * 5, ["a", "b"] * 5)
+    ax.figure.draw_without_rendering()
+    assert ax.get_window_extent().height / ax.figure.dpi > 1.2
+    bar = ax.figure.axes[1].yaxis.label.get_window_extent()
+    assert ax.figure.bbox.y0 <= bar.y0 < bar.y1 <= ax.figure.bbox.y1
 
 
 def test_confusion_errors(gmvae):

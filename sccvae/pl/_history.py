@@ -13,6 +13,8 @@ from ._style import NORMAL, SMALL, TRAIN, VALIDATION, panels
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: Names of the values of ``history["phase"]`` of a GMVAE.
+PHASES = ("warm-up", "guide", "guided", "free", "free with guide")
 _SIDES = {"train": TRAIN, "validation": VALIDATION}
 _MAX_COLUMNS = 4
 
@@ -23,6 +25,8 @@ def history(model: Any, *, terms: Sequence[str] | None = None) -> np.ndarray:
     Train and validation share a panel. Where the KL weight changes during training, it is shaded behind the KL
     terms. Values of the first tenth of the epochs that would flatten the rest are left above the panel, which says
     how high they reach. A training in phases, as the GMVAE's, is treated so phase by phase; dotted lines part them.
+    In a GMVAE's guide rounds the classifier alone learns: only ``"kl_y"``, there the cross-entropy with the guide, is
+    drawn (where it was measured); the ELBO and its other terms have a gap.
 
     Parameters
     ----------
@@ -83,6 +87,12 @@ def _read(model: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return curves
 
 
+def _guide_rounds(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Epochs in which q(y|.) alone learned a guide; none for a model without a mixture, whose phases are others."""
+    epochs, phase = curves.get("phase", (np.zeros(0), np.zeros(0)))
+    return epochs[phase == PHASES.index("guide")] if "kl_y_train" in curves else epochs[:0]
+
+
 def _terms(curves: Mapping[str, Any]) -> list[str]:
     endings = tuple(f"_{side}" for side in _SIDES)
     names = [name.rsplit("_", 1)[0] for name in curves if name.endswith(endings)]
@@ -93,9 +103,19 @@ def _draw_term(ax: Axes, term: str, curves: dict[str, tuple[np.ndarray, np.ndarr
     from matplotlib.ticker import MaxNLocator
 
     drawn = {side: curves[f"{term}_{side}"] for side in _SIDES if f"{term}_{side}" in curves}
+    guide = _guide_rounds(curves)
+    gap = len(guide) > 0 and (term in ("elbo", "loss", "reconstruction") or term.startswith("kl_")) and term != "kl_y"
     for side, (epochs, values) in drawn.items():
-        marker = "o" if len(epochs) == 1 else None
-        ax.plot(epochs, values, color=_SIDES[side], linewidth=1.5, marker=marker, markersize=4, label=side)
+        # kl_y is 0 where no cell of this side has a guide
+        hidden = np.isin(epochs, guide) & (gap | ((term == "kl_y") & (values == 0)))
+        values = np.where(hidden, np.nan, values)
+        drawn[side] = epochs, values
+        known = np.pad(np.isfinite(values), 1)
+        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # no line leads to these: they get a dot
+        style = {"marker": "o", "markevery": alone, "markersize": 4} if alone.any() else {}
+        ax.plot(epochs, values, color=_SIDES[side], linewidth=1.5, label=side, **style)
+    if gap:
+        _name_gap(ax, guide, curves["phase"][0])
     if term.startswith("kl_"):
         _shade_weight(ax, curves.get("kl_weight"))
     starts = _phase_starts(curves)
@@ -107,6 +127,13 @@ def _draw_term(ax: Axes, term: str, curves: dict[str, tuple[np.ndarray, np.ndarr
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.margins(x=0.02)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _name_gap(ax: Axes, guide: np.ndarray, epochs: np.ndarray) -> None:
+    """Say what the gap is, if it is wide enough for a line of type."""
+    if np.ptp(guide) + 2 > 0.06 * np.ptp(epochs):
+        style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": SMALL, "color": "#606060"}
+        ax.text((guide[0] + guide[-1]) / 2, 0.5, "guide", transform=ax.get_xaxis_transform(), gid="guide", **style)
 
 
 def _title(term: str) -> str:

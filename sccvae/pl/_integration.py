@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ._style import NORMAL, OKABE_ITO, SMALL, panels, plain
+from ._style import NORMAL, OKABE_ITO, SMALL, panels, plain, settle
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -54,22 +54,20 @@ def integration(
     types = list(table.groupby("label")["purity_after"].min().sort_values(ascending=False).index)
     table = table.assign(order=table["label"].map(types.index)).sort_values(["order", "batch"], ignore_index=True)
     y = np.arange(len(table)) + 0.7 * table["order"].to_numpy()  # a gap between types
+    figure = None
     if ax is None:
-        _, axes = panels(1, 1, width=6.5, height=1.2 + 0.21 * (y[-1] + 1))
+        figure, axes = panels(1, 1, width=6.5, height=1.2 + 0.21 * (y[-1] + 1))
         ax = axes[0, 0]
     for at, row in zip(y, table.itertuples(), strict=True):
         color = _FELL if row.fell else _KEPT
         ax.plot([row.purity_before, row.purity_after], [at, at], color=color, lw=2, alpha=0.6, zorder=1)
         if row.fell and row.mixed_with:
-            text = f"now among {plain(row.mixed_with)}"
-            left = row.purity_after > 0.3
-            ax.annotate(
-                text,
-                (row.purity_after, at),
-                xytext=(-7 if left else 7, 4 if not left else 0),
+            ax.annotate(  # right of the ring: the line and the name of the row lie to its left
+                f"now among {plain(row.mixed_with)}",
+                (max(row.purity_before, row.purity_after), at),
+                xytext=(7, 0),
                 textcoords="offset points",
-                ha="right" if left else "left",
-                va="center" if left else "bottom",
+                va="center",
                 size=SMALL,
                 color=_FELL,
             )
@@ -90,8 +88,12 @@ def integration(
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("share of nearest neighbours of the same type")
-    ax.set_title(f"{plain(embedding)}: are types still apart?" + _star(table), size=NORMAL, loc="left")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=SMALL)
+    ax.set_title(f"{plain(embedding)}: are types still apart?" + _star(table), size=NORMAL, loc="left", pad=22)
+    # between title and panel: beside it, what the types are now among needs the room
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "borderpad": 0.2}
+    ax.legend(ncols=3, frameon=False, fontsize=SMALL, handletextpad=0.2, columnspacing=1.2, **place)
+    if figure is not None:
+        settle(figure)
     return ax
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._history import _read
+from ._history import PHASES, _read
 from ._images import _draw, _pictures, _rows, _shape
 from ._scatter import _categories, _compute_umap, _legend, _points, single
 from ._style import NORMAL, SMALL, bare, legend_width, palette, panels, plain
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-#: Names of the values of ``history["phase"]``.
-PHASES = ("warm-up", "guide", "guided", "free", "free with guide")
 _MAX_CELLS = 10_000
 _MAX_TEXT = 15  # rows and columns of a table whose numbers can be read in its cells
 _INK = "#222222"
@@ -35,7 +34,8 @@ def mixture(
     """Draw the cells with the components of the mixture among them.
 
     Cells are coloured by their component. The mean of each component is marked by its name; it is embedded together
-    with the cells, so it lies where a cell with this z would. A component that no cell is near is empty.
+    with the cells, so it lies where a cell with this z would. A component that no cell is near is empty; the panel
+    reaches out to it.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def mixture(
     TypeError
         If the model finds no clusters.
     ValueError
-        If there are no cells to draw.
+        If there are no cells to draw, or too few for a UMAP.
     """
     adata, rows = _cells(model, adata, n, seed)
     found = model.predict(adata, indices=rows).reset_index(drop=True)
@@ -75,7 +75,7 @@ def mixture(
             plain(name), at, ha="center", va="center", fontsize=SMALL, color=_INK, zorder=4, gid=f"mean:{name}"
         )
         text.set_bbox({"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": colors[name], "linewidth": 1.5})
-    _finish(ax, label, "components and their means" if means else "components")
+    _finish(ax, label, "components and their means" if means else "components", means)
     return ax
 
 
@@ -108,10 +108,10 @@ def entropy(
 
     adata, rows = _cells(model, adata, n, seed)
     values = pd.Series(model.get_entropy(adata, indices=rows))
-    xy, _, label = _view(model, adata, rows, seed)
+    xy, means, label = _view(model, adata, rows, seed)
     ax = single([]) if ax is None else ax
     _points(ax, xy, values, None, size=size)
-    _finish(ax, label, "entropy of the component, nats")
+    _finish(ax, label, "entropy of the component, nats", means)
     return ax
 
 
@@ -156,7 +156,8 @@ def occupancy(model_or_history: Any, *, ax: Axes | None = None) -> Axes:
     span = edges[-1] - edges[0]
     left = max(edges[0] - 0.18 * span, -0.5)  # of the warm-up, which has no components, the end is enough
     ax.set(xlim=(left, edges[-1]), ylim=(0, 1), xlabel="epoch", ylabel="share of the cells")
-    _mark_phases(ax, curves.get("phase"), left)
+    wide = ax.get_window_extent().width / ax.figure.dpi - legend_width(labels)  # inches left beside the legend, about
+    _mark_phases(ax, curves.get("phase"), left, max(wide, 1.0))
     _legend(ax, labels, colors)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -196,13 +197,14 @@ def confusion(model: Any, labels: Any, adata: Any = None, *, ax: Axes | None = N
     shares = counts / counts.sum(1, keepdims=True)
     n_rows, n_cols = counts.shape
     small = max(n_rows, n_cols) <= _MAX_TEXT
+    across, down = (max(len(str(name)) for name in names) for names in (table.index, table.columns))
+    long = down > 3
     if ax is None:
         side = 0.42 if small else max(0.14, 6 / max(n_rows, n_cols))
-        longest = max(len(str(name)) for name in table.index)
-        width, height = max(n_cols * side, 2) + 0.07 * longest + 1.6, max(n_rows * side, 1.6) + 0.9
+        width = max(n_cols * side, 2) + 0.07 * across + 1.6
+        height = max(n_rows * side, 1.6) + 0.9 + (0.07 * down if long else 0)
         ax = panels(1, 1, width=width, height=height)[1][0, 0]
     drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    long = max(len(str(name)) for name in table.columns) > 3
     ax.set_xticks(range(n_cols), [plain(c) for c in table.columns], fontsize=SMALL, rotation=90 if long else 0)
     ax.set_yticks(range(n_rows), [plain(c) for c in table.index], fontsize=SMALL)
     ax.tick_params(length=0)
@@ -297,8 +299,11 @@ def _colors(names: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, palette(len(names)), strict=True))
 
 
-def _finish(ax: Axes, label: str, title: str) -> None:
+def _finish(ax: Axes, label: str, title: str, means: dict[str, np.ndarray]) -> None:
     ax.set_title(title, fontsize=NORMAL)
+    if means:  # the names of the means widen no limits by themselves
+        ax.update_datalim(list(means.values()))
+        ax.autoscale_view()
     if label == "UMAP":
         bare(ax)
         ax.set(xlabel="UMAP 1", ylabel="UMAP 2")
@@ -308,11 +313,13 @@ def _finish(ax: Axes, label: str, title: str) -> None:
         ax.spines[["top", "right"]].set_visible(False)
 
 
-def _mark_phases(ax: Axes, phase: tuple[np.ndarray, np.ndarray] | None, left: float) -> None:
-    """A line where a phase begins, and its name above the panel."""
-    if phase is None:
+def _mark_phases(ax: Axes, phase: tuple[np.ndarray, np.ndarray] | None, left: float, wide: float) -> None:
+    """A line where a phase begins, and its name above the panel of ``wide`` inches; turned where names would meet."""
+    if phase is None or len(phase[0]) == 0:
         return
     epochs, values = phase
+    names: dict[str, float] = {}  # where in the panel, from 0 to 1
+    right = ax.get_xlim()[1]
     for k in np.unique(values).astype(int):
         inside = epochs[values == k]
         start, end = max(inside[0] - 0.5, left), inside[-1] + 0.5
@@ -320,9 +327,18 @@ def _mark_phases(ax: Axes, phase: tuple[np.ndarray, np.ndarray] | None, left: fl
             continue
         if start > left:
             ax.axvline(start, color=_INK, linewidth=1, gid=f"phase:{k}")
-        name = PHASES[k] if k < len(PHASES) else f"phase {k}"
-        across = ax.get_xaxis_transform()
-        ax.text((start + end) / 2, 1.02, name, transform=across, ha="center", va="bottom", fontsize=SMALL)
+        names[PHASES[k] if k < len(PHASES) else f"phase {k}"] = ((start + end) / 2 - left) / (right - left)
+    half = [0.034 * len(name) for name in names]  # inches
+    at = [wide * x for x in names.values()]
+    flat = all(b - a > h + g + 0.06 for (a, h), (b, g) in pairwise(zip(at, half, strict=True)))
+    flat &= at[-1] + half[-1] < wide + 0.06  # the legend is beside
+    angle = 0 if flat else 45 if np.diff(at).min(initial=1.0) > 0.16 else 90
+    x = -1.0
+    for name, middle in names.items():
+        x = max(middle, x + 0.14 / wide) if angle else middle  # a line of type apart at least
+        style = {"ha": "left" if angle else "center", "va": "center" if angle == 90 else "bottom"}
+        turn = {"rotation": angle, "rotation_mode": "anchor"}
+        ax.text(x, 1.02, name, transform=ax.transAxes, fontsize=SMALL, **style, **turn)
 
 
 def _table(model: Any, labels: Any, adata: Any) -> pd.DataFrame:

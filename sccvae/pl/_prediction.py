@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._style import NORMAL, OKABE_ITO, SMALL, panels, plain
+from ._style import NORMAL, OKABE_ITO, SMALL, panels, plain, settle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,11 +42,11 @@ def counterfactual(
         Number of differential genes; at most all.
     n_labels
         How many of these to name, from the most significant on. They need names: those of ``predicted`` or ``real``,
-        or ``gene_names``.
+        or ``gene_names``. A figure made here grows with them; on your own Axes many names get smaller type.
     gene_names
         Names of the genes, for arrays.
     title
-        Above the panel.
+        Above the panel, over several lines where it is long.
     ax
         Where to draw; None makes a figure.
 
@@ -79,8 +80,11 @@ def counterfactual(
         r2 = r_squared_of_means(values[0][:, top], values[1][:, top])
         text += f"\nR² = {r2:.3f} (top {len(top)} differential)"
 
+    figure = None
     if ax is None:
-        ax = panels(1, 1, width=5.0, height=4.4)[1][0, 0]
+        height = max(4.4, 0.6 + 0.16 * len(top[:n_labels]) * (names is not None))
+        figure, axes = panels(1, 1, width=height + 0.6, height=height)
+        ax = axes[0, 0]
     end = 1.04 * max(x.max(), y.max())
     ax.plot([0, end], [0, end], color="#555555", linewidth=0.8, linestyle="--", zorder=1)
     rest = np.setdiff1d(np.arange(len(x)), top)
@@ -90,10 +94,13 @@ def counterfactual(
     ax.set(xlim=(least, end), ylim=(least, end), xlabel="mean expression, real", ylabel="mean expression, predicted")
     ax.set_aspect("equal")
     ax.text(0.03, 0.97, text, transform=ax.transAxes, va="top", fontsize=SMALL)
-    ax.set_title(plain(title or ""), fontsize=NORMAL)
+    wide = ax.get_window_extent().width / ax.figure.dpi  # inches
+    ax.set_title(plain(fill(title or "", max(10, int(wide / 0.085)))), fontsize=NORMAL)
     ax.spines[["top", "right"]].set_visible(False)
     if names is not None:
         _label(ax, x, y, top[:n_labels], names)
+    if figure is not None:
+        settle(figure)
     return ax
 
 
@@ -110,17 +117,21 @@ def posterior_predictive(table: pd.DataFrame, *, title: str | None = None) -> np
     Returns
     -------
     Array of three Axes: mean, variance and share of zeros. A line spans the band of a gene; genes whose cells lie
-    outside it are coloured.
+    outside it are coloured. Means and variances have logarithmic axes, with a place for zero where there is one;
+    where a value is negative, linear ones.
 
     Raises
     ------
     ValueError
-        If a column is missing.
+        If a column is missing, or the table holds no gene.
     """
     statistics = {"mean": "mean", "variance": "variance", "zero_fraction": "share of zeros"}
     missing = [f"{s}{end}" for s in statistics for end in ("", "_low", "_high", "_inside") if f"{s}{end}" not in table]
     if missing:
         msg = f"The table lacks the columns {missing}; pass what `model.posterior_predictive_check()` returns."
+        raise ValueError(msg)
+    if len(table) == 0:
+        msg = "The table has no rows: pass what `model.posterior_predictive_check()` returns, with a gene at least."
         raise ValueError(msg)
     figure, axes = panels(1, 3, width=10.2, height=3.6)
     for ax, (name, label) in zip(axes[0], statistics.items(), strict=True):
@@ -141,19 +152,26 @@ def _band(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, inside: np
     """Bands of genes over their values ``x``, each (n_genes,)."""
     from matplotlib.collections import LineCollection
 
-    if log:  # no place for a zero: such genes stand at the smallest value that has one
-        seen = np.concatenate([x, low, high])
-        least = seen[seen > 0].min(initial=1.0)
-        x, low, high = (np.maximum(v, least) for v in (x, low, high))
+    seen = np.concatenate([x, low, high])
+    seen = seen[np.isfinite(seen)]
+    if log and (seen > 0).all():
         ax.set(xscale="log", yscale="log")
+    elif log and (seen >= 0).all() and seen.any():  # a zero gets a place of its own, a decade below the others
+        least = 10 ** np.floor(np.log10(seen[seen > 0].min()))
+        ax.set_xscale("symlog", linthresh=least)
+        ax.set_yscale("symlog", linthresh=least)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(numticks=7)  # its default is 15, whose names meet
+    scale = ax.yaxis.get_transform()
+    middle = scale.inverted().transform((scale.transform(low) + scale.transform(high)) / 2)
     inside = inside.astype(bool)
     for which, color, order in ((inside, OKABE_ITO[0], 2), (~inside, _OUTSIDE, 3)):
         ends = [[(a, b), (a, c)] for a, b, c in zip(x[which], low[which], high[which], strict=True)]
         ax.add_collection(LineCollection(ends, colors=color, linewidths=0.8, alpha=0.5, rasterized=True, zorder=order))
-        middle = np.sqrt(low * high) if log else (low + high) / 2
         ax.scatter(x[which], middle[which], s=4, color=color, linewidths=0, rasterized=True, zorder=order)
-    bounds = [min(x.min(), low.min()), max(x.max(), high.max())]
+    bounds = [seen.min(), seen.max()] if len(seen) else []
     ax.plot(bounds, bounds, color="#555555", linewidth=0.8, linestyle="--", zorder=4)
+    ax.tick_params(labelsize=SMALL)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -162,7 +180,8 @@ def _label(ax: Axes, x: np.ndarray, y: np.ndarray, which: np.ndarray, names: np.
     low, high = ax.get_ylim()
     order = sorted(which, key=lambda i: y[i])
     places = np.array([(y[i] - low) / (high - low) for i in order])
-    gap = 0.045
+    gap = min(0.045, 1 / max(len(places) - 1, 1))
+    points = 72 * gap * ax.get_window_extent().height / ax.figure.dpi  # from one name to the next
     for k in range(1, len(places)):
         places[k] = max(places[k], places[k - 1] + gap)
     top = 1.0
@@ -176,7 +195,7 @@ def _label(ax: Axes, x: np.ndarray, y: np.ndarray, which: np.ndarray, names: np.
             xytext=(1.02, place),
             textcoords="axes fraction",
             va="center",
-            fontsize=SMALL,
+            fontsize=min(SMALL, points / 1.3),
             arrowprops={"arrowstyle": "-", "color": "#777777", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 2},
             zorder=5,
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PANEL = 3.3  # inches
+_MIN_UMAP = 4  # points; the spectral layout that UMAP starts from fails with fewer
 
 
 def latent(
@@ -82,9 +83,9 @@ def latent(
 def umap(
     adata: AnnData,
     *,
-    bases: Sequence[str] = ("X_pca", "X_cvae"),
-    colors: Sequence[str] = ("batch", "cell_type"),
-    titles: Sequence[str] | None = None,
+    bases: str | Sequence[str] = ("X_pca", "X_cvae"),
+    colors: str | Sequence[str] = ("batch", "cell_type"),
+    titles: str | Sequence[str] | None = None,
     size: float | None = None,
     n_neighbors: int = 15,
     seed: int = 0,
@@ -99,9 +100,9 @@ def umap(
     adata
         Cells with the representations in ``obsm``.
     bases
-        Keys of ``adata.obsm``, for example before and after: one row of panels each.
+        Keys of ``adata.obsm``, for example before and after: one row of panels each. One may be given as it is.
     colors
-        Columns of ``adata.obs``, or names of genes: one column of panels each.
+        Columns of ``adata.obs``, or names of genes: one column of panels each. One may be given as it is.
     titles
         Names of the rows. ``None`` takes the keys without ``"X_"``.
     size
@@ -120,24 +121,27 @@ def umap(
     KeyError
         If a basis or a colour is not in ``adata``.
     ValueError
-        If a coordinate is NaN, or titles and bases differ in number.
+        If a coordinate is NaN, titles and bases differ in number, or there are fewer than 4 cells to compute from.
     """
-    titles = [_label(basis) for basis in bases] if titles is None else list(titles)
+    bases, colors = _several(bases), _several(colors)
+    titles = [_label(basis) for basis in bases] if titles is None else _several(titles)
     if len(titles) != len(bases):
         msg = f"There are {len(bases)} bases, but {len(titles)} titles: titles name the rows of panels."
         raise ValueError(msg)
     columns = [_color(adata, color, adata.n_obs) for color in colors]
     representations = [_finite(_basis(adata, basis), f"obsm[{basis!r}]") for basis in bases]  # all checked first
+    embedded = []  # and computed before there is a figure
+    for basis, representation in zip(bases, representations, strict=True):
+        if f"{basis}_umap" in adata.obsm:
+            embedded.append(_finite(_basis(adata, f"{basis}_umap"), f"obsm['{basis}_umap']")[:, :2])
+        else:
+            embedded.append(_compute_umap(representation, n_neighbors=n_neighbors, seed=seed))
 
     legends = [_categories(values) for values, _ in columns]
     room = sum(legend_width(names) if names else 0.8 for names in legends)
     width, height = _PANEL * len(colors) + room + 0.4, _PANEL * len(bases) + 0.3
     _, axes = panels(len(bases), len(colors), width=width, height=height)
-    for row, (basis, representation) in enumerate(zip(bases, representations, strict=True)):
-        if f"{basis}_umap" in adata.obsm:
-            xy = _finite(_basis(adata, f"{basis}_umap"), f"obsm['{basis}_umap']")[:, :2]
-        else:
-            xy = _compute_umap(representation, n_neighbors=n_neighbors, seed=seed)
+    for row, xy in enumerate(embedded):
         for col, (values, given) in enumerate(columns):
             ax = axes[row, col]
             _points(ax, xy, values, given, size=size, legend=row == 0)
@@ -154,8 +158,18 @@ def single(names: list[str]) -> Axes:
     return panels(1, 1, width=width, height=_PANEL + 0.6)[1][0, 0]
 
 
+def _several(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _compute_umap(representation: np.ndarray, *, n_neighbors: int, seed: int) -> np.ndarray:
     """UMAP coordinates, shape (cells, 2), from a fresh AnnData: the caller's stays as it is."""
+    if len(representation) < _MIN_UMAP:
+        msg = (
+            f"A UMAP needs at least {_MIN_UMAP} cells, but there are {len(representation)}: pass more, or draw two "
+            "dimensions of z with sccvae.pl.latent()."
+        )
+        raise ValueError(msg)
     import scanpy as sc
     from anndata import AnnData
 
@@ -253,8 +267,6 @@ def _points(
 def _legend(ax: Axes, names: list[str], colors: list[str]) -> None:
     from matplotlib.lines import Line2D
 
-    if names[-1] == "missing":
-        colors = [*colors[: len(names) - 1], MISSING]
     dots = [Line2D([], [], marker="o", linestyle="", markersize=6, color=c) for c in colors[: len(names)]]
     ax.legend(
         dots,

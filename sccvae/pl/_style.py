@@ -40,6 +40,11 @@ def panels(n_rows: int, n_cols: int, *, width: float, height: float) -> tuple[Fi
     return plt.subplots(n_rows, n_cols, figsize=(width, height), squeeze=False, layout="constrained")
 
 
+def settle(figure: Figure) -> None:
+    """Lay a figure of :func:`panels` out ahead: what stands out of a panel and moves with it takes a second time."""
+    figure.get_layout_engine().execute(figure)
+
+
 def legend_columns(n: int) -> int:
     """Count the columns of a legend of ``n`` entries beside a panel."""
     return max(1, ceil(n / _LEGEND_ROWS))
