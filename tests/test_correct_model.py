@@ -130,6 +130,7 @@ def test_the_tool_writes_the_same(model):
         ({"transform_batch": "z"}, r"it knows \['a', 'b'\]"),
         ({"library_size": -1}, "library_size=-1 must be a positive number or 'latent'"),
         ({"dtype": "int32"}, "dtype='int32' must be a floating type"),
+        ({"dtype": "float16", "sparse_below": 1}, "dtype='float16': a sparse layer holds float32 or float64"),
         ({"sparse_below": 0}, "sparse_below=0 must be positive"),
         ({"sparse_below": 1, "out": "x.zarr"}, r"not given with out="),
         ({"out": "x.csv"}, r"must end in \.zarr or \.h5ad"),

@@ -14,7 +14,16 @@ from _toys import toy_counts, toy_values
 from scipy import sparse
 
 from sccvae import _rows
-from sccvae.data import Cells, CellStore, ChunkLoader, Schema, check_support, match, read_cells, split_indices
+from sccvae.data import (
+    Cells,
+    CellStore,
+    ChunkLoader,
+    Schema,
+    check_support,
+    match,
+    read_cells,
+    split_indices,
+)
 from sccvae.data import store as store_module
 from sccvae.model import CVAE
 

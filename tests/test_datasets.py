@@ -473,6 +473,11 @@ def test_planted_errors(poisson):
         plant(poisson, n_batches=1)
     with pytest.raises(ValueError, match=r"strength=-0\.1"):
         plant(poisson, strength=-0.1)
+    with pytest.raises(ValueError, match="batch_key='type' is the column of the labels"):
+        plant(poisson, batch_key="type", label_key="type")
+    named = ad.AnnData(poisson.X, layers={"truth": poisson.layers["counts"]})
+    with pytest.raises(ValueError, match="layer='truth' is where the counts before the effect are written"):
+        plant(named, layer="truth")
     with pytest.raises(ValueError, match="batch3 got none of the 3 cells"):
         plant(poisson[:3], n_batches=5)
     labelled = poisson[:5].copy()

@@ -28,6 +28,7 @@ from sccvae.distributions import (
     Poisson,
     as_likelihood,
     kernels,
+    kl_dirichlet,
     kl_normal,
     kl_standard_normal,
     log_bernoulli,
@@ -161,6 +162,20 @@ def test_kl_equals_torch(dtype):
 def test_kl_of_equal_normals_is_zero():
     loc, scale = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64) + 0.1
     assert kl_normal(loc, scale, loc, scale).abs().max() < 1e-12
+
+
+def test_kl_of_large_concentrations_does_not_cancel():
+    """What 1,000 and one more cell differ by, beside log-gammas of 100,000; and its gradient, in float32."""
+    torch.manual_seed(0)
+    alpha = 1000.0
+    a = (alpha + (3 * torch.randn(50, 100)).softmax(-1)).requires_grad_()
+    wide = a.detach().double().requires_grad_()
+    found = kl_dirichlet(a, torch.full_like(a, alpha))
+    wanted = td.kl_divergence(td.Dirichlet(wide), td.Dirichlet(torch.full_like(wide, alpha)))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-9)
+    (got,), (exact,) = torch.autograd.grad(found.sum(), a), torch.autograd.grad(wanted.sum(), wide)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-9)
 
 
 # Sums over genes, as the modules use them

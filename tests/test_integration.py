@@ -71,6 +71,17 @@ def test_a_type_of_a_single_cell():
     assert np.isnan(row["purity_before"])
 
 
+def test_a_type_of_few_cells_in_two_batches():
+    """Of two cells each has the other as its only neighbour: mixed or not cannot be told. Of three it can."""
+    before, after, batch, labels = cells()
+    labels = labels.astype(object)
+    labels[:5] = ["two", "two", "three", "three", "three"]
+    table = metrics.overcorrection(after, batch, labels, unintegrated=before).set_index("label")
+    assert not table.loc["two", "one_batch"].any()
+    assert table.loc["two", "mixing"].isna().all()
+    assert np.allclose(table.loc["three", "mixing"], 1)  # all of them are neighbours of each
+
+
 @pytest.mark.slow  # JAX compiles each metric
 def test_scores_tell_the_better_embedding():
     pytest.importorskip("scib_metrics", reason="needs the extra 'bench'")

@@ -489,8 +489,12 @@ def test_genes_that_speak_for_a_class():
     known = logistic(x, codes, 4)
     scores = x @ np.asarray(known["weights"]).T + known["intercepts"]
     assert (scores.argmax(1) == codes).all()
-    scaled = logistic(x * 1000, codes, 4)
-    assert np.allclose(np.asarray(scaled["weights"]) * 1000, known["weights"], atol=0.05)
+    for scale in (1e-9, 1e-3, 1e3):
+        scaled = logistic(x * scale, codes, 4)
+        assert np.allclose(np.asarray(scaled["weights"]) * scale, known["weights"], atol=1e-5)
+        assert np.allclose(scaled["intercepts"], known["intercepts"], atol=1e-4)
+        assert len(json.dumps(scaled)) < len(json.dumps(known)) + 100
+    assert np.all(logistic(x * 0, codes, 4)["weights"] == np.zeros((4, 4)))
     some = codes > 0
     two = logistic(x[some], codes[some], 4)
     scores = x[some] @ np.asarray(two["weights"]).T + two["intercepts"]

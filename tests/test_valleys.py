@@ -80,6 +80,15 @@ def test_points_and_few_cells():
     assert 0 <= valley(*two(1, (2, 3))) <= 1
 
 
+def test_scattered_cells_without_a_peak_are_apart():
+    """No cell lies near the median: there is no peak to compare with, and nothing to unite."""
+    a = np.array([[-100.0], [-100], [100], [100]])
+    b = a + 1
+    assert valley(a, b) == 0
+    z, labels = np.vstack([a, b]), np.repeat([0, 1], 4)
+    assert (united(labels, z, np.ones((2, 2), bool)) == labels).all()
+
+
 def test_of_many_cells_some_are_looked_at():
     a, b = two(3, (50 * LOOKED_AT, 50 * LOOKED_AT))
     assert valley(a, b) == pytest.approx(valley(*two(3)), abs=0.1)

@@ -62,9 +62,9 @@ class BlockLoader(ChunkLoader):
         if (np.diff(rows) < 0).any():  # rows of a split are sorted: no copy of them
             rows = np.sort(rows)
         super().__init__(store, rows, batch_size, shuffle=True, seed=seed, n_processes=n_processes)
-        n = math.ceil(len(self.rows) / n_processes)  # one less in some processes: as many chunks there
+        shares = {len(self.rows) // n_processes, math.ceil(len(self.rows) / n_processes)}  # rows of a process
         sizes = chain(range(self.per_chunk, 0, -1), count(self.per_chunk + 1))
-        self.per_chunk = next(p for p in sizes if n % (p * batch_size) != 1 or n == 1)
+        self.per_chunk = next(p for p in sizes if all(n % (p * batch_size) != 1 or n == 1 for n in shares))
         self.chunk = self.per_chunk * batch_size
         x = store.cells.x
         self.chunks_in_buffer = max(1, int(BUFFER_BYTES / x.row_bytes) // self.chunk)

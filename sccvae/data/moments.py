@@ -75,7 +75,10 @@ def _csr(x: Tensor | SparseRows) -> csr_matrix:
 
 
 def _by_zeros(rho: np.ndarray, sizes: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-    """The inverse dispersion that expects so many zeros, (G,), by bisection; the largest where none expects so few."""
+    """The inverse dispersion that expects so many zeros, (G,), by bisection; the largest where none expects so few.
+
+    The smallest where no cell has a count: any expects that, and of those tried it is the best start.
+    """
     groups = np.array_split(np.sort(sizes), min(N_SIZES, len(sizes)))
     mean = np.array([part.mean() for part in groups])[:, None] * rho  # (N_SIZES, G)
     weight = np.array([float(len(part)) for part in groups])

@@ -80,7 +80,8 @@ def plant_batch_effect(
         If the layer or the label column does not exist.
     ValueError
         If the counts are negative, fractional or not finite, there are fewer than two batches, more batches than
-        cells, a negative ``strength``, missing labels, or a batch that got no cell.
+        cells, a negative ``strength``, missing labels, or a batch that got no cell; if ``layer`` is ``"truth"``, or
+        ``batch_key`` is ``label_key``, of which one would be lost.
 
     Notes
     -----
@@ -97,6 +98,12 @@ def plant_batch_effect(
 
     if n_batches < 2 or strength < 0:
         msg = f"n_batches={n_batches} must be at least 2 and strength={strength} at least 0."
+        raise ValueError(msg)
+    if layer == "truth":
+        msg = "layer='truth' is where the counts before the effect are written: rename the layer, such as to 'counts'."
+        raise ValueError(msg)
+    if batch_key == label_key:
+        msg = f"batch_key={batch_key!r} is the column of the labels, which would be lost: choose another batch_key."
         raise ValueError(msg)
     truth = _counts(adata, layer)
     rng = np.random.default_rng(seed)

@@ -87,15 +87,18 @@ def kl_dirichlet(concentration_q: Tensor, concentration_p: Tensor) -> Tensor:
 
     Returns
     -------
-    (...,) never negative, but for rounding.
+    (...,) never negative, but for rounding. Computed in float64, as large log-gammas cancel; on Apple's GPU, which has
+    none, in the type given.
 
     References
     ----------
     Penny 2001, Kullback-Leibler divergences of normal, gamma, Dirichlet and Wishart densities, section 3.
     """
     a, b = torch.broadcast_tensors(concentration_q, concentration_p)
+    if a.device.type != "mps":
+        a, b = a.double(), b.double()
     normaliser = torch.lgamma(a.sum(-1)) - torch.lgamma(b.sum(-1)) + (torch.lgamma(b) - torch.lgamma(a)).sum(-1)
-    return normaliser + ((a - b) * expected_log_probability(a)).sum(-1)
+    return (normaliser + ((a - b) * expected_log_probability(a)).sum(-1)).to(concentration_q.dtype)
 
 
 def expected_log_probability(concentration: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def batch_mixing(z: ArrayLike, batch: ArrayLike, n_neighbors: int = 30) -> float
     batch
         Batch of each cell, (n,), none missing.
     n_neighbors
-        Size of a neighbourhood; the cell itself is not part of it.
+        Size of a neighbourhood, at least 2: a single neighbour is never mixed. The cell itself is not part of it.
 
     Returns
     -------
@@ -85,15 +85,15 @@ def batch_mixing(z: ArrayLike, batch: ArrayLike, n_neighbors: int = 30) -> float
     Raises
     ------
     ValueError
-        If there is only one batch, lengths do not match, batches are missing, values are not finite, or there are
-        not enough cells for ``n_neighbors``.
+        If there is only one batch, lengths do not match, batches are missing, values are not finite, ``n_neighbors``
+        is below 2, or there are not enough cells for it.
     """
     z = _embedding(z, "z")
     names, codes = _codes(batch, len(z), "batch")
     if len(names) < 2:
         msg = f"All {len(z)} cells are of one batch, {names[0]}: mixing needs two batches or more."
         raise ValueError(msg)
-    votes = _votes(codes[_neighbors(z, n_neighbors)], len(names))  # (n, n_batches)
+    votes = _votes(codes[_neighbors(z, n_neighbors, least=2)], len(names))  # (n, n_batches)
     observed = _plogp(votes / n_neighbors).sum(axis=1).mean()
     return float(observed / _expected_entropy(np.bincount(codes), n_neighbors))
 
@@ -158,13 +158,13 @@ def _codes(labels: ArrayLike, n: int, name: str) -> tuple[np.ndarray, np.ndarray
     return np.unique(labels, return_inverse=True)
 
 
-def _neighbors(z: np.ndarray, k: int, query: np.ndarray | None = None) -> np.ndarray:
+def _neighbors(z: np.ndarray, k: int, query: np.ndarray | None = None, least: int = 1) -> np.ndarray:
     """Find the k nearest points of z, (n, k) indices; without a query a point is not its own neighbour."""
     from sklearn.neighbors import NearestNeighbors
 
     available = len(z) - (query is None)
-    if not 1 <= k <= available:
-        msg = f"n_neighbors={k} must be from 1 to {available}, the number of points to choose from."
+    if not least <= k <= available:
+        msg = f"n_neighbors={k} must be from {least} to {available}, the number of points to choose from."
         raise ValueError(msg)
     return NearestNeighbors(n_neighbors=k).fit(z).kneighbors(query, return_distance=False)
 

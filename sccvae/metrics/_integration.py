@@ -131,7 +131,7 @@ def overcorrection(
     - ``one_batch``: the type has cells in this batch only
     - ``purity_before``, ``purity_after``: mean over these cells, 0 to 1; NaN for a type of a single cell
     - ``mixing``: :func:`batch_mixing` of the embedding within the type, the same in all its rows: 0 apart, 1 as at
-      random; NaN for types of one batch
+      random; NaN for types of one batch or of two cells
     - ``mixed_with``: the other type that is most frequent among the neighbours, after; empty if there is none
     - ``fell``: ``purity_after < purity_before - max_drop``
 
@@ -157,7 +157,7 @@ def overcorrection(
         of_type = codes == code
         present, counts = np.unique(batches[of_type], return_counts=True)
         mixing = np.nan
-        if len(present) > 1:
+        if len(present) > 1 and sizes[code] > 2:  # a single neighbour is never mixed
             mixing = batch_mixing(spaces["embedding"][of_type], batches[of_type], min(30, sizes[code] - 1))
         for where, n_cells in zip(present, counts, strict=True):
             cells = of_type & (batches == where)

@@ -123,7 +123,7 @@ class CorrectionMixin(DecodingMixin):
             Store as CSR, with values smaller than this in size set to zero, in units of the layer: expected expression
             has no zeros of its own. With the default library size, 0.1 is 0.1 counts in 10,000. None stores all.
         dtype
-            Floating type of the layer.
+            Floating type of the layer; with ``sparse_below`` float32 or float64.
         n_samples
             1 decodes the mean of q(z|x); more average over that many draws.
         sd
@@ -226,6 +226,9 @@ class CorrectionMixin(DecodingMixin):
             check_layer(to, self, key)
         if not np.issubdtype(np.dtype(dtype), np.floating):
             msg = f"dtype={dtype!r} must be a floating type: expected expression is no whole number."
+            raise ValueError(msg)
+        if sparse_below is not None and np.dtype(dtype) not in (np.float32, np.float64):
+            msg = f"dtype={dtype!r}: a sparse layer holds float32 or float64; use one, or leave sparse_below out."
             raise ValueError(msg)
         if sparse_below is not None and (out is not None or not sparse_below > 0):
             msg = f"sparse_below={sparse_below!r} must be positive, and not given with out=, which writes dense layers."

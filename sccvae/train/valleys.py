@@ -70,7 +70,8 @@ def _height(a: list[_Half], b: list[_Half]) -> float:
             some.append((x - start) / (end - start))
     density = sum(_density(np.concatenate(some)) for some in looked_at)
     left, right = (np.where(side, density, -1).argmax() for side in SIDES)
-    return float(density[left : right + 1].min() / min(density[left], density[right]))
+    peak = min(density[left], density[right])
+    return float(density[left : right + 1].min() / peak) if peak > 0 else 0.0  # scattered: no cell near the median
 
 
 def _discriminant(a: _Half, b: _Half) -> np.ndarray:
