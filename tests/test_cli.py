@@ -142,6 +142,7 @@ def test_train_then_embed_and_correct_with_the_model(folder, capsys):
     assert main(["train", "cells.h5ad", "--out", "m", *COUNTS, *FAST, "--n-latent", "3", "--labels-key", "donor"]) == 0
     said = capsys.readouterr()
     assert "m: CVAE of 200 cells x 100 genes, −ELBO" in said.out
+    assert "nats per cell, of epoch " in said.out
     assert "cells/s" in said.err
     assert main(["embed", "cells.h5ad", "e.h5ad", "--model-dir", "m", "--key", "z"]) == 0
     assert "e.h5ad: obsm['z'], 200 cells x 3 dimensions" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import weakref
 from abc import ABC, abstractmethod
@@ -390,11 +389,6 @@ def evaluating(seed: int) -> Iterator[None]:
     """:func:`seeded`, without gradients."""
     with seeded(seed), torch.inference_mode():
         yield
-
-
-def digest(codes: np.ndarray | None) -> str | None:
-    """A short name of these codes (n,), by which a checkpoint tells them from others."""
-    return None if codes is None else hashlib.sha256(codes.astype(np.int64).tobytes()).hexdigest()[:12]
 
 
 def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from anndata import AnnData
 from sccvae import module
 from sccvae.data import CellStore
 from sccvae.distributions import Likelihood
-from sccvae.model._base import BaseModel, digest, settings_of
+from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
 from sccvae.model._correction import CorrectionMixin
 from sccvae.model._counterfactual import CounterfactualMixin, PerturbationMixin
@@ -156,7 +157,7 @@ class GMVAE(
 
     def _fit(self, store: CellStore, *, guide: np.ndarray | None, **options: Any) -> TrainingResult:
         store = CellStore(store.cells, self._label_codes())
-        options["settings"] |= {"guide": digest(guide), "labels": digest(store.labels)}
+        options["settings"] |= {"guide": _digest(guide), "labels": _digest(store.labels)}
         self.reference["chooses_components"] = self._choose_components
         try:
             return fit_mixture(
@@ -241,3 +242,8 @@ class GMVAE(
         p_z = self.module.components(w)
         own = torch.arange(len(rows)), torch.from_numpy(self._drawn[rows])
         return p_z.loc[own] if center else p_z.loc[own] + p_z.scale[own] * torch.randn_like(p_z.loc[own])
+
+
+def _digest(codes: np.ndarray | None) -> str | None:
+    """A short name of these codes (n,), by which a checkpoint tells them from others."""
+    return None if codes is None else hashlib.sha256(codes.astype(np.int64).tobytes()).hexdigest()[:12]
