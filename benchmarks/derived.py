@@ -1,6 +1,7 @@
-"""Sets made of those at hand: two of the batches, types missing, depths apart; and one of many types, simulated.
+"""Sets made of those at hand: two of the batches, types missing, shares or depths apart; and simulated ones.
 
-No setting was chosen on them, but for the width of networks by the simulated one.
+No setting was chosen on them, but the width of networks by that of many types, and which cells of two batches are of
+one sort, and how a GMVAE starts, by sets much like the three last.
 """
 
 from __future__ import annotations
@@ -113,6 +114,32 @@ def many_types(n_cells: int = 8_000, n_genes: int = 2_000, n_batch: int = 4) -> 
     return ad.AnnData(counts, obs)
 
 
+def parted(*shares: list[int], strength: float, seed: int, n_cells: int = 1_200, n_genes: int = 1_500) -> ad.AnnData:
+    """Simulated batches in each of which six types have shares of their own; negative binomial counts, 3,000 a cell."""
+    rng = np.random.default_rng(seed)
+    batch = rng.integers(len(shares), size=n_cells)
+    kind = np.array([rng.choice(6, p=np.array(shares[b]) / sum(shares[b])) for b in batch])
+    changed = rng.normal(0, strength, (6, n_genes)) * (rng.random((6, n_genes)) < 0.08)
+    mean = np.exp(rng.normal(0, 1.5, n_genes) + changed[kind] + rng.normal(0, 0.2, (len(shares), n_genes))[batch])
+    mean *= 3000 * np.exp(rng.normal(0, 0.35, n_cells))[:, None] / mean.sum(1, keepdims=True)
+    counts = sparse.csr_matrix(rng.poisson(mean * rng.gamma(3, 1 / 3, mean.shape)).astype(np.float32))
+    names = [f"cell{i}" for i in range(n_cells)]
+    return ad.AnnData(counts, pd.DataFrame({"batch": batch.astype(str), "cell_type": kind.astype(str)}, index=names))
+
+
+def other_shares() -> ad.AnnData:
+    """Three donors, who have many cells of other types each, and few of those they share."""
+    adata = read(KANG)
+    wanted = {
+        "1015": {"CD14+ Monocytes": 150, "FCGR3A+ Monocytes": 150, "CD4 T cells": 20, "NK cells": 20},
+        "1256": {"CD4 T cells": 150, "CD8 T cells": 130, "NK cells": 20, "CD14+ Monocytes": 20},
+        "1488": {"NK cells": 110, "B cells": 150, "CD4 T cells": 20, "CD14+ Monocytes": 20},
+    }
+    groups = adata.obs.groupby(["batch", "cell_type"], observed=True).indices
+    rows = [groups[donor, kind][:n] for donor, types in wanted.items() for kind, n in types.items()]
+    return adata[np.sort(np.concatenate(rows))].copy()
+
+
 DERIVED: dict[CellSet, Callable[[], ad.AnnData]] = {
     CellSet("zheng_kang", "batch"): lambda: studies((ZHENG, KANG)),
     CellSet("celseq2_smartseq2", "batch"): lambda: batches(read(PANCREAS), "celseq2", "smartseq2"),
@@ -126,4 +153,9 @@ DERIVED: dict[CellSet, Callable[[], ad.AnnData]] = {
     CellSet("no_effect", "batch"): no_effect,
     CellSet("many_batches", "batch"): many_batches,
     CellSet("many_types", "batch"): many_types,
+    CellSet("two_of_six", "batch"): lambda: parted([5, 5, 1, 1, 0, 0], [0, 0, 1, 1, 5, 5], strength=0.9, seed=3),
+    CellSet("eight_to_one", "batch"): lambda: parted(
+        [8, 8, 1, 1, 0, 0], [1, 1, 8, 8, 1, 1], [0, 0, 1, 1, 8, 8], strength=0.8, seed=0
+    ),
+    CellSet("other_shares", "batch"): other_shares,
 }

@@ -646,6 +646,124 @@ def test_a_sort_of_one_batch_counts_for_little_whatever_its_kind(seed):
     assert (of_sort[:2] > 0.6).all()
 
 
+def of_six_types(shares, seed=0, n=1200):
+    """Counts of 500 genes, batches and types: these shares of the types in each batch, which differ a little."""
+    rng = np.random.default_rng(seed)
+    batch = np.arange(n) % 2
+    sort = np.array([rng.choice(6, p=np.array(shares[b]) / sum(shares[b])) for b in batch])
+    log_rate = rng.normal(0, 1.5, 500) + rng.normal(0, 0.9, (6, 500)) * (rng.random((6, 500)) < 0.15)
+    rate = np.exp(log_rate[sort] + rng.normal(0, 0.2, (2, 500))[batch])
+    return rng.poisson(3000 * rate / rate.sum(1, keepdims=True)), batch, sort
+
+
+#: Each batch holds two types of its own, five sixths of its cells; of two others both hold a few.
+PARTED = [5, 5, 1, 1, 0, 0], [0, 0, 1, 1, 5, 5]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_types_that_batches_do_not_share_are_not_taken_for_each_other(seed):
+    x, batch, sort = of_six_types(PARTED, seed)
+    store = store_of(x, batch)
+    kinds = batch_effects(store, 2)[1]
+    assert kinds.overlap == pytest.approx(1 / 6, abs=0.05)
+    found = weights_of(kinds, store)
+    alone = (sort < 2) | (sort > 3)
+    assert found[alone].sum(1).mean() < 0.1
+    assert found[~alone].sum(1).mean() > 0.6
+    for own in (0, 1):
+        for other in (4, 5):
+            assert np.minimum(found[sort == own].mean(0), found[sort == other].mean(0)).sum() < 0.02
+
+
+@pytest.mark.parametrize("parted", [True, False])
+def test_a_gmvae_of_batches_with_types_of_their_own_drops_inputs_and_aligns_kinds_of_the_data(parted, tmp_path):
+    x, batch, _ = of_six_types(PARTED if parted else [[1] * 6] * 2, n=300)
+    adata = ad.AnnData(
+        x.astype(np.float32), obs=pd.DataFrame({"batch": batch.astype(str)}, index=np.arange(300).astype(str))
+    )
+    models.GMVAE.setup_anndata(adata, batch_key="batch")
+    model = models.GMVAE(adata, n_components=6, n_latent=2, n_hidden=4)
+    assert (model.module.kinds.overlap < 0.5) == parted
+    assert model.settings["input_dropout"] == model.module.input_dropout.level
+    assert model.module.input_dropout.level == pytest.approx((x == 0).mean() if parted else 0, abs=0.01)  # 0.5 at half
+    asked = models.GMVAE(adata, n_components=6, n_latent=2, n_hidden=4, input_dropout=0.1)
+    assert asked.module.input_dropout.level == 0.1
+    module = model.module.train()
+    cells = Batch(**model._store(None).gather(np.arange(60)))
+    torch.manual_seed(0)
+    found = module.loss(cells)[1]["alignment"]
+    torch.manual_seed(0)
+    q = module.inference(cells)
+    z = q["z"].rsample()
+    seen = module.likelihood.encoder_input(cells.dense, cells.library)
+    of_data, of_z = module.kinds(seen, cells.batch_index), module.log_q_y(seen, z, module.c(cells)).exp()
+    kinds = of_data if parted else of_z
+    wanted = batch_discrepancy(z, cells.batch_index, 2, kinds, within=parted)
+    torch.testing.assert_close(found, module.alignment.weight * wanted)
+    model.train(max_epochs=1, **FAST)
+    model.save(tmp_path / "model")
+    loaded = models.GMVAE.load(tmp_path / "model")
+    assert loaded.settings == model.settings
+    assert loaded.module.input_dropout.level == model.module.input_dropout.level
+    loaded = models.GMVAE.load(tmp_path / "model", adata=adata)
+    loaded.train(max_epochs=1, **FAST)
+    assert loaded.module.kinds.overlap == model.module.kinds.overlap
+
+
+def test_overlap_is_what_shares_of_kinds_have_in_common():
+    batch, kind = np.repeat([0, 1, 2], [4, 4, 2]), np.array([0, 0, 0, 1, 0, 1, 1, 1, 2, 2])
+    found = effects._overlap(effects._members(batch, 4), effects._members(kind, 3))  # a batch without cells as well
+    shares = (
+        [[0.75, 0.25, 0], [1 / 6, 3 / 6, 2 / 6]],
+        [[0.25, 0.75, 0], [3 / 6, 1 / 6, 2 / 6]],
+        [[0, 0, 1], [0.5, 0.5, 0]],
+    )
+    each = [np.minimum(*both).sum() for both in shares]
+    assert found == pytest.approx(0.4 * each[0] + 0.4 * each[1] + 0.2 * each[2])
+
+
+@pytest.mark.parametrize("of_sparse", [True, False])
+def test_fewer_inputs_are_dropped_by_default_where_few_counts_are_zero(of_sparse, tmp_path):
+    rng = np.random.default_rng(0)
+    x = (rng.random((200, 400)) < 0.8) * rng.integers(1, 9, (200, 400)).astype(np.float32)  # a fifth are zero
+    obs = pd.DataFrame({"batch": np.arange(200) % 2}, index=np.arange(200).astype(str)).astype(str)
+    adata = ad.AnnData(sparse.csr_matrix(x) if of_sparse else x, obs=obs)
+    CVAE.setup_anndata(adata, batch_key="batch")
+    model = CVAE(adata, n_latent=2, n_hidden=4)
+    assert model.settings["input_dropout"] == model.module.input_dropout.level == pytest.approx(0.2, abs=0.01)
+    model.train(max_epochs=1, **FAST)
+    model.save(tmp_path / "model")
+    loaded = CVAE.load(tmp_path / "model", adata=adata)
+    assert loaded.module.input_dropout.level == model.module.input_dropout.level
+    assert CVAE(adata, input_dropout=0.6).module.input_dropout.level == 0.6
+
+
+def test_cells_are_moved_to_those_near_enough_and_no_farther_than_their_nearest():
+    """On a line: a type of both batches, 1 apart; one of batch 0 alone, 9 from the nearest; one that changes by 4."""
+    rng = np.random.default_rng(0)
+    z = np.repeat([0.0, 1.0, -8.0, 20.0, 24.0], 40)[:, None] + rng.normal(0, 0.1, (200, 1))
+    batch = np.repeat([0, 1, 0, 0, 1], 40)
+
+    def gaps(farthest):
+        means = effects._joined(z, batch, 2, farthest)[:, 0].reshape(5, 40).mean(1)
+        return abs(means[0] - means[1]), abs(means[2] - means[1]), abs(means[3] - means[4])
+
+    near, apart, changed = gaps(6.0)
+    assert near < 0.4
+    assert apart > 7.5
+    assert changed < 0.5
+    assert gaps(2.0)[2] > 3
+    assert gaps(np.inf)[1] > 7.5  # batch 1 has what is nearer to its cells
+
+
+def test_the_distance_between_kinds_is_that_within_a_batch():
+    z = np.array([0.0, 0, 0, 3, 3, 3, 100, 100, 100, 110, 110, 110, 500])[:, None]
+    batch, kind = np.repeat([0, 1], [6, 7]), np.repeat([0, 1, 0, 1, 2], [3, 3, 3, 3, 1])
+    kinds = effects._members(kind, 3)
+    assert effects._between_kinds(z, batch, 2, kinds) == pytest.approx(6.5)  # of 3 and 10; one cell is no kind
+    assert effects._between_kinds(z, batch, 2, effects._members(np.zeros(13, int), 1)) == np.inf
+
+
 def test_kinds_are_those_of_the_nearest_landmark_of_the_batch():
     torch.manual_seed(0)
     axes, landmarks, weights = torch.randn(5, 2), torch.randn(2, 3, 2), torch.rand(2, 3, 4)

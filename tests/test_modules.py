@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sccvae.distributions import Bernoulli, NegativeBinomial, kernels
-from sccvae.module import AE, CVAE, IDEC, VAE, Batch, Factor, Factorization
+from sccvae.module import AE, CVAE, GMVAE, IDEC, VAE, Batch, Factor, Factorization
 from sccvae.module._input import InputDropout
 
 N, G = 6, 8
@@ -94,10 +94,20 @@ def test_counts_of_many_genes_are_dropped_by_default(likelihood, genes, level):
     assert CVAE(genes, [2], likelihood=likelihood, input_dropout=0.25).input_dropout.level == 0.25
 
 
-@pytest.mark.parametrize(("cls", "sizes"), [(VAE, [200]), (CVAE, [200, [2, 3], 1])])
+@pytest.mark.parametrize(
+    ("genes", "zeros", "level"),
+    [(2000, 1, 0.6), (2000, 0.5, 0.6), (2000, 0.25, 0.3), (400, 0.1, 0.1), (299, 0.1, 0), (2000, 0, 0)],
+)
+def test_where_few_counts_are_zero_fewer_are_dropped(genes, zeros, level):
+    assert InputDropout.of(None, "counts", genes, zeros).level == pytest.approx(level)
+    assert InputDropout.of(None, "real", genes, zeros).level == 0
+    assert InputDropout.of(0.45, "counts", genes, zeros).level == 0.45
+
+
+@pytest.mark.parametrize(("cls", "sizes"), [(VAE, [200]), (CVAE, [200, [2, 3], 1]), (GMVAE, [200, 4, [2, 3], 1])])
 def test_input_dropout_is_the_encoders_and_of_training_alone(cls, sizes):
     module, batch, seen = cls(*sizes, input_dropout=0.3), a_batch(g=200), []
-    module.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    module.encoder.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     whole = module.likelihood.encoder_input(batch.x, batch.library)
     module.inference(batch)
     kept = seen[-1] != 0

@@ -6,7 +6,7 @@ from sccvae.data.confounding import confounding
 from sccvae.data.fields import Schema, anndata_fields, check_setup
 from sccvae.data.lazy import open_anndata
 from sccvae.data.masked import MaskedStore, measured, read_measured
-from sccvae.data.moments import batch_moments
+from sccvae.data.moments import batch_moments, zero_share
 from sccvae.data.ondisk import DiskMatrix, free_memory, gigabytes
 from sccvae.data.read import Cells, check_support, read_cells
 from sccvae.data.residence import ResidentStore, resident
@@ -39,4 +39,5 @@ __all__ = [
     "row_numbers",
     "shuffled_loader",
     "split_indices",
+    "zero_share",
 ]

@@ -11,6 +11,8 @@ from sccvae.data.store import CellStore
 
 #: Cells that the moments are taken of, evenly spaced over all: enough for a start.
 MOMENTS_OF = 20_000
+#: The same for the share of zeros.
+ZEROS_OF = 1_000
 #: Bounds of the inverse dispersion, whose estimate is wild for a gene of a few counts.
 SMALLEST, LARGEST = 0.01, 20.0
 #: Groups of like library size that the cells of a batch are taken as, and halvings of the range of inverse dispersions.
@@ -65,6 +67,22 @@ def batch_moments(store: CellStore, n_batch: int | None, *, zeros: bool = True) 
         own = everyone if empty[k] else np.concatenate(parts)
         theta[k] = np.minimum(theta[k], _by_zeros(rho[k], own, n[k] - seen[k]))
     return rho.astype(np.float32), theta.clip(SMALLEST, LARGEST).astype(np.float32)
+
+
+def zero_share(store: CellStore) -> float:
+    """Share of zeros among the values of some of the cells, evenly spaced over all.
+
+    Parameters
+    ----------
+    store
+        The cells.
+
+    Returns
+    -------
+    In [0, 1].
+    """
+    rows = np.arange(0, len(store), max(1, len(store) // ZEROS_OF))
+    return 1 - float(_csr(store.gather(rows)["x"]).count_nonzero()) / (len(rows) * store.n_features)
 
 
 def _csr(x: Tensor | SparseRows) -> csr_matrix:

@@ -30,10 +30,11 @@ from sccvae.data import (
     read_cells,
     row_numbers,
     split_indices,
+    zero_share,
 )
 from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._saving import SavingMixin
-from sccvae.module import Batch, GenerativeModule
+from sccvae.module import Batch, GenerativeModule, InputDropout
 from sccvae.train import TrainingResult, batch_effects, default_sizes, fit
 
 logger = logging.getLogger(__name__)
@@ -330,8 +331,17 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
             self.module.likelihood.initialise_batches(torch.from_numpy(effect))
             if self._aligns_kinds:
                 self.module.kinds = kinds
+        if self.settings.get("input_dropout", 0.0) is None:
+            self.module.input_dropout = self._default_input_dropout(store)
+            for known in (self.settings, self._made_with):
+                known["input_dropout"] = self.module.input_dropout.level
         if hasattr(self.module, "conditions"):
             self.module.conditions.standardise(torch.from_numpy(cells.covariates))
+
+    def _default_input_dropout(self, store: CellStore) -> InputDropout:
+        """How many counts are hidden from the encoder, by the number of genes and the share of zeros."""
+        support = self.module.likelihood.support
+        return InputDropout.of(None, support, store.n_features, zero_share(store) if support == "counts" else 1.0)
 
     @property
     def _aligns_kinds(self) -> bool:

@@ -24,7 +24,7 @@ from sccvae.model._latent import VariationalMixin
 from sccvae.model._mapping import MappingMixin
 from sccvae.model._predictive import PredictiveMixin
 from sccvae.model._sampling import SamplingMixin
-from sccvae.module import Batch
+from sccvae.module import PARTED, Batch, InputDropout
 from sccvae.nn import check_sizes
 from sccvae.train import TrainingResult, fit_mixture
 
@@ -63,6 +63,10 @@ class GMVAE(
         As for :class:`CVAE`.
     n_latent, n_hidden, n_layers, activation, norm, dropout, skip, seed, registry
         As for :class:`VAE`.
+    input_dropout
+        Share of the counts that is hidden from q(z|x,c) and q(w|x,c) in training. None for as many as in a
+        :class:`CVAE` where most cells of the batches are of other types than those of the rest, else 0: it parts such
+        types, which a decoder that knows the batch lays on one another, but finds fewer clusters elsewhere.
 
     Examples
     --------
@@ -94,6 +98,7 @@ class GMVAE(
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
+        input_dropout: float | None = None,
         seed: int = 0,
         registry: dict | None = None,
     ) -> None:
@@ -157,6 +162,7 @@ class GMVAE(
 
     def _fit(self, store: CellStore, *, guide: np.ndarray | None, **options: Any) -> TrainingResult:
         store = CellStore(store.cells, self._label_codes())
+        self._find_kinds(store)
         options["settings"] |= {"guide": _digest(guide), "labels": _digest(store.labels)}
         self.reference["chooses_components"] = self._choose_components
         try:
@@ -171,6 +177,10 @@ class GMVAE(
             ).training
         finally:  # also when the training fails: weights and settings must belong together
             self.settings["n_components"] = self.module.n_components
+
+    def _default_input_dropout(self, store: CellStore) -> InputDropout:
+        kinds = self.module.kinds
+        return InputDropout(0.0) if kinds is None or kinds.overlap >= PARTED else super()._default_input_dropout(store)
 
     def _guide_labels(self, guide: str | Sequence | None) -> np.ndarray | None:
         """The user's guide as codes (n,), the labels of ``labels_key`` put first."""

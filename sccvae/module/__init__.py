@@ -1,9 +1,10 @@
 """Generative models on bare tensors: one file is one plate diagram."""
 
 from sccvae.module._base import Batch, GenerativeModule, LatentVariableModule
-from sccvae.module._batches import anchored
+from sccvae.module._batches import PARTED, anchored
 from sccvae.module._factorization import Factor, Factorization
 from sccvae.module._growing import adapt, grow, new_weights, only_new
+from sccvae.module._input import InputDropout
 from sccvae.module.ae import AE
 from sccvae.module.cvae import CVAE
 from sccvae.module.gmvae import GMVAE
@@ -15,11 +16,13 @@ __all__ = [
     "CVAE",
     "GMVAE",
     "IDEC",
+    "PARTED",
     "VAE",
     "Batch",
     "Factor",
     "Factorization",
     "GenerativeModule",
+    "InputDropout",
     "LatentVariableModule",
     "adapt",
     "anchored",

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from sccvae.distributions import Likelihood, as_likelihood
 from sccvae.module._base import Batch, GenerativeModule
+from sccvae.module._input import encoder_input
 from sccvae.nn import batch_discrepancy
 
 #: The default p(x|z,c) where the decoder knows the batch: each batch has its own offset and dispersion of a gene.
@@ -22,6 +23,8 @@ BATCHWISE = {"name": "nb", "dispersion": "gene-batch", "batch_offset": True, "de
 PER_FEATURE, MOST_FEATURES = 0.2, 1_000
 #: The same where kinds of cells are found beforehand (depth-free counts): it draws together only what batches share.
 PER_FEATURE_WITHIN = 0.3
+#: Overlap of the kinds of cells (:class:`sccvae.nn.CellKinds`) below which batches hold other types for the most part.
+PARTED = 0.5
 
 
 def has_come(late: float | Tensor) -> bool:
@@ -93,6 +96,11 @@ class Alignment:
         if self.weight:
             self._noted = z, None if kinds is None else kinds.detach()
 
+    @property
+    def has_noted(self) -> bool:
+        """Whether there are draws to align."""
+        return self._noted is not None
+
     def penalty(self, batch: Batch, late: float | Tensor, of_data: Tensor | None = None) -> dict[str, Tensor]:
         """``alignment`` of the noted draws, which are forgotten; nothing if there are none.
 
@@ -113,6 +121,17 @@ class Alignment:
             shown = of_data if within else kinds
             distance = batch_discrepancy(z, batch.batch_index, self.n_batch, shown, within=within)
         return {"alignment": late * self.weight * distance}
+
+
+def aligned(
+    module: GenerativeModule, batch: Batch, late: float | Tensor, *, by_kinds: bool = True
+) -> dict[str, Tensor]:
+    """The alignment of a module, ``by_kinds`` of its data where these are known."""
+    of_data = None
+    if by_kinds and module.kinds is not None and module.alignment.has_noted and has_come(late):
+        module.kinds = module.kinds.to(module.device)
+        of_data = module.kinds(encoder_input(module.likelihood, batch), batch.batch_index)
+    return module.alignment.penalty(batch, late, of_data)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Normal
 
 from sccvae.distributions import Likelihood, NormalMixture, Observation
 from sccvae.module._base import Batch, LatentVariableModule, StandardNormal
-from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, has_come, likelihood_of, one_of
+from sccvae.module._batches import PER_FEATURE, PER_FEATURE_WITHIN, Alignment, aligned, likelihood_of, one_of
 from sccvae.module._factorization import Factorization
 from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import MLP, CellKinds, Conditions, GaussianEncoder, check_sizes
@@ -189,8 +189,4 @@ class CVAE(LatentVariableModule):
 
     def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
         """``alignment``: how far the batches lie apart in z, as far as this mini-batch tells."""
-        kinds = None
-        if self.kinds is not None and self.training and has_come(late):
-            self.kinds = self.kinds.to(self.device)
-            kinds = self.kinds(encoder_input(self.likelihood, batch), batch.batch_index)
-        return self.alignment.penalty(batch, late, kinds)
+        return aligned(self, batch, late)

@@ -21,11 +21,12 @@ from sccvae.distributions import (
     kl_standard_normal,
 )
 from sccvae.module._base import Batch, EvidenceModule, StandardNormal, kl_of
-from sccvae.module._batches import Alignment, likelihood_of, one_of
+from sccvae.module._batches import PARTED, Alignment, aligned, likelihood_of, one_of
 from sccvae.module._factorization import Factorization
-from sccvae.module._input import encoder_input
+from sccvae.module._input import InputDropout, encoder_input
 from sccvae.nn import (
     MLP,
+    CellKinds,
     Conditions,
     GaussianEncoder,
     Masking,
@@ -76,9 +77,14 @@ class GMVAE(EvidenceModule):
         As for :class:`sccvae.module.VAE`.
     n_w
         Dimension of w.
+    input_dropout
+        Probability that a value of x is hidden from q(z|x,c) and q(w|x,c) in training, those left are scaled up; q(y|.)
+        sees all. None for 0.
 
     Attributes
     ----------
+    kinds
+        As for :class:`sccvae.module.CVAE`; they count only where the batches share few (an overlap below 0.5).
     stage
         ``"mixture"``; ``"warmup"``: a VAE with p(z) = N(0, I), whose other terms are zero; ``"classifier"``: q(y|.)
         learns the labels of the batch, and ``kl_y`` is the only term that is not zero: -log q(y|.) of the cells with a
@@ -131,6 +137,7 @@ class GMVAE(EvidenceModule):
         norm: Literal["batch", "layer"] | None = "batch",
         dropout: float = 0.0,
         skip: bool = False,
+        input_dropout: float | None = None,
     ) -> None:
         super().__init__()
         for name, value, known in [
@@ -161,6 +168,7 @@ class GMVAE(EvidenceModule):
         mlp["n_hidden"] = [n_hidden] * n_layers
         n_decoder_cond = 0 if self.learned_w else n_cond
         self.masking = Masking(masking)
+        self.input_dropout = InputDropout(input_dropout or 0.0)
         self.encoder = GaussianEncoder(n_features, n_latent, n_cond=n_cond, **mlp)
         self.w_head = nn.Linear(self.encoder.body.n_out, 2 * n_w)
         self.y_body = MLP(n_features if self.classifier_sees_x else n_latent, n_cond=n_cond, **mlp)
@@ -170,6 +178,7 @@ class GMVAE(EvidenceModule):
         n_batch = self.conditions.n_categories[0] if n_categories and n_decoder_cond else None
         self.likelihood = likelihood_of(likelihood, n_batch).build(self.decoder.n_out, n_features, n_batch)
         self.alignment = Alignment(alignment, n_batch, n_features)
+        self.kinds: CellKinds | None = None
         self.set_components(n_components)
 
     def _factors(self, conditional: bool) -> Factorization:
@@ -207,7 +216,8 @@ class GMVAE(EvidenceModule):
 
     def inference(self, batch: Batch) -> dict[str, Normal]:
         """q(z|x,c) and q(w|x,c), from one network."""
-        h = self.encoder.body(self.masking(encoder_input(self.likelihood, batch)), self.c(batch))
+        x = self.input_dropout(self.masking(encoder_input(self.likelihood, batch)))
+        h = self.encoder.body(x, self.c(batch))
         loc, scale = self.w_head(h).chunk(2, -1)
         return {"z": self.encoder.head(h), "w": Normal(loc, softplus(scale) + GaussianEncoder.MIN_SCALE, False)}
 
@@ -341,9 +351,11 @@ class GMVAE(EvidenceModule):
 
         Miyato et al. 2018, equation 6.
         """
-        aligned = self.alignment.penalty(batch, late)
+        # Components are kinds as well, and better ones but where batches have types of their own: laid on one another
+        # in the warm-up, these are in the same component.
+        found = aligned(self, batch, late, by_kinds=self.kinds is not None and self.kinds.overlap < PARTED)
         if self.stage not in self.PENALTY or not self.consistency or not self.classifier_sees_x:
-            return aligned
+            return found
         length, every = self.PENALTY[self.stage]
         some = batch.every(every if len(batch) > every else 1)  # batch norm needs two cells
         x, c = encoder_input(self.likelihood, some), self.c(some)
@@ -353,4 +365,4 @@ class GMVAE(EvidenceModule):
             return self.log_q_y(v, z, c)
 
         with untracked_statistics(self):  # what batch norms learn of changed cells spoils them for cells as they are
-            return aligned | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x, length)}
+            return found | {"consistency": self.consistency * virtual_adversarial_penalty(log_q, x, length)}

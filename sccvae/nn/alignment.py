@@ -33,17 +33,21 @@ class CellKinds:
     weights
         How far the cells there are of each kind, times how far other batches hold such cells, (n_batch, L, K) in
         [0, 1]; zeros for a batch without cells.
+    overlap
+        How alike the shares of the kinds are in a batch and in all others, in [0, 1]: 0 where no batch has a kind of
+        another.
     """
 
     axes: Tensor
     landmarks: Tensor
     weights: Tensor
+    overlap: float = 1.0
 
     def to(self, device: torch.device | str) -> CellKinds:
         """The same on a device."""
         if self.axes.device == torch.device(device):
             return self
-        return CellKinds(self.axes.to(device), self.landmarks.to(device), self.weights.to(device))
+        return CellKinds(self.axes.to(device), self.landmarks.to(device), self.weights.to(device), self.overlap)
 
     @torch.no_grad()
     def __call__(self, x: Tensor | SparseRows, batch: Tensor) -> Tensor:

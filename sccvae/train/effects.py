@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, svds
+from scipy.spatial.distance import pdist
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
 
@@ -24,6 +25,10 @@ NEIGHBORS, MOST_BATCHES = 20, 10
 #: Where cells are moved one by one, neighbours are at most this share of a batch, and three: a small batch has few of a
 #: kind. And how often they are moved.
 NEIGHBOR_SHARE, FEWEST_NEIGHBORS, MOVES = 0.05, 3, 3
+#: Cells may be of one sort if they lie no farther apart than this share of the distance between kinds (median), and
+#: than so many times the nearest of the other batch: a type that a treatment changes is nearer to itself than types are
+#: to each other, and of what a batch lacks the nearest there is far off.
+CLOSE, CLOSEST = 0.7, 2.0
 #: Cells around one among which others are looked for; landmarks in a batch at most, and cells for each at least.
 NEAREST, LANDMARKS, CELLS_A_LANDMARK = 30, 64, 8
 #: Weight of "no effect" against a gene's counts in a batch, as a share of its counts in the average batch: what is rare
@@ -42,7 +47,8 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
     the batch), fitted by its margins (iterative proportional fitting). A kind of a single batch says nothing about it.
 
     A treatment that changes one type of cell more than the others still parts that type. The kinds that are returned
-    are found once more, after each cell was moved by what the mutual nearest neighbours around it differ by. Where only
+    are found once more, after each cell was moved by what the mutual nearest neighbours around it differ by, as far as
+    they can be of one sort: of types that only one of two batches has, some are nearest to each other, too. Where only
     one batch has cells then, others have none of that sort, whatever their kind: such cells weigh less.
 
     Parameters
@@ -82,12 +88,12 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
     if not with_kinds:
         return effects, None
     z, axes = _components(y, batches, added)
-    joined = _joined(z, batch, n_batch)
+    joined = _joined(z, batch, n_batch, CLOSE * _between_kinds(z, batch, n_batch, _kinds(z, n_kinds)))
     kinds = _kinds(joined, n_kinds)
     if kinds.shape[1] == 1:
         return effects, None
     weight = kinds.toarray() * _shared(joined, batch, n_batch, kinds)[:, None]
-    return effects, _landmarks(y @ axes, batch, n_batch, weight, axes)
+    return effects, _landmarks(y @ axes, batch, n_batch, weight, axes, _overlap(batches, kinds))
 
 
 def _some(batch: np.ndarray) -> np.ndarray:
@@ -154,7 +160,39 @@ def _between_neighbors(y: sparse.csr_array, batch: np.ndarray, n_batch: int) -> 
     return np.linalg.lstsq(inner, outer @ y, rcond=None)[0]
 
 
-def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
+def _between_kinds(z: np.ndarray, batch: np.ndarray, n_batch: int, kinds: sparse.csr_array) -> float:
+    """Median distance between the means of two kinds in a batch; infinite if no batch has two."""
+    found = []
+    for own in (np.flatnonzero(batch == b) for b in range(n_batch)):
+        size = kinds[own].sum(0)
+        there = size >= FEWEST_NEIGHBORS
+        found.append(pdist((kinds[own].T @ z[own])[there] / size[there, None]))
+    found = np.concatenate(found)
+    return float(np.median(found)) if len(found) else np.inf
+
+
+def _around(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
+    """Means of the cells around each of z (n, d) in its batch: without what single cells differ by."""
+    means = z.copy()
+    for own in (np.flatnonzero(batch == b) for b in range(n_batch)):
+        if n := _n_neighbors(len(own), NEIGHBOR_SHARE):
+            near = np.argpartition(_distances(z[own], z[own]), n - 1, axis=1)[:, :n]
+            means[own] = z[own][near].mean(1)
+    return means
+
+
+def _of_one_sort(
+    z: np.ndarray, batch: np.ndarray, n_batch: int, farthest: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Those of the mutual nearest neighbours that are near enough, by the means of the cells around them."""
+    means = _around(z, batch, n_batch)
+    for of_a, of_b, mutual in _mutual(z, batch, n_batch, NEIGHBOR_SHARE):
+        d = np.sqrt(np.maximum(2 * _distances(means[of_a], means[of_b]), 0))
+        near = d <= np.minimum(farthest, CLOSEST * np.minimum(d.min(1)[:, None], d.min(0)))
+        yield of_a, of_b, mutual & near
+
+
+def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int, farthest: float = np.inf) -> np.ndarray:
     """Cells z (n, d), each moved by what the mutual nearest neighbours around it in its batch differ by from theirs.
 
     The mean over the other batches, weighed by their cells: the batches meet in the middle. Cells that had no mutual
@@ -163,7 +201,7 @@ def _joined(z: np.ndarray, batch: np.ndarray, n_batch: int) -> np.ndarray:
     leads = np.zeros(len(z), bool)
     for i in range(MOVES):
         move, weight = np.zeros_like(z), np.bincount(batch, minlength=n_batch)[batch].astype(float)
-        between = list(_mutual(z, batch, n_batch, NEIGHBOR_SHARE))
+        between = list(_of_one_sort(z, batch, n_batch, farthest))
         for of_a, of_b, mutual in between if i == 0 else ():
             leads[of_a] |= mutual.any(1)
             leads[of_b] |= mutual.any(0)
@@ -194,7 +232,18 @@ def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int, kinds: sparse.csr_ar
     return np.minimum(np.divide(found, others, out=np.zeros(len(z)), where=others > 0), 1)
 
 
-def _landmarks(z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarray, axes: np.ndarray) -> CellKinds:
+def _overlap(batches: sparse.csr_array, kinds: sparse.csr_array) -> float:
+    """How alike the shares of kinds are, a_k in a batch and b_k in the others: sum_k min(a_k, b_k), mean of cells."""
+    own = (batches.T @ kinds).toarray()  # (n_batch, K)
+    others = own.sum(0) - own
+    size = own.sum(1)
+    share, rest = (n / np.maximum(n.sum(1, keepdims=True), 1) for n in (own, others))
+    return float(size @ np.minimum(share, rest).sum(1) / size.sum())
+
+
+def _landmarks(
+    z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarray, axes: np.ndarray, overlap: float = 1.0
+) -> CellKinds:
     """The kinds of cells z (n, d) on the axes (G, d), by means of the weights (n, K) over a few cells of a batch."""
     n = np.clip(np.bincount(batch, minlength=n_batch) // CELLS_A_LANDMARK, 1, LANDMARKS)
     points, weights = (np.zeros((n_batch, n.max(), a.shape[1])) for a in (z, weight))
@@ -204,7 +253,7 @@ def _landmarks(z: np.ndarray, batch: np.ndarray, n_batch: int, weight: np.ndarra
             of = _kinds(z[rows], n[b])
             mean = (of / np.maximum(of.sum(0), 1)).T.tocsr()[np.minimum(np.arange(n.max()), of.shape[1] - 1)]
             points[b], weights[b] = mean @ z[rows], mean @ weight[rows]
-    return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, points, weights)))
+    return CellKinds(*(torch.from_numpy(a.astype(np.float32)) for a in (axes, points, weights)), overlap)
 
 
 def _additive(y: sparse.csr_array, batches: sparse.csr_array, kinds: sparse.csr_array) -> np.ndarray:
