@@ -456,6 +456,17 @@ def test_sizes_that_are_no_whole_numbers(size):
             make(toy_counts(), CVAE, **{name: size})
 
 
+@pytest.mark.parametrize(("cells", "genes", "warns"), [(20, 4_000, False), (20, 4_001, True), (801, 4_005, False)])
+def test_many_genes_of_few_cells_are_warned_of(cells, genes, warns):
+    adata = ad.AnnData(sparse.csr_matrix(np.eye(cells, genes, dtype=np.float32)))
+    if not warns:
+        VAE.setup_anndata(adata)
+        return
+    with pytest.warns(UserWarning, match=r"4001 genes and 20 cells.*highly_variable_genes") as found:
+        VAE.setup_anndata(adata)
+    assert found[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -505,8 +516,10 @@ def test_sampling_options(adata):
     model = make(adata)
     with pytest.raises(ValueError, match="n_samples=0 must be at least 1"):
         model.get_normalized_expression(n_samples=0)
-    with pytest.raises(ValueError, match="at least one draw of z, not 0"):
+    with pytest.raises(ValueError, match="n_mc_samples=0 must be at least 1"):
         model.get_marginal_ll(n_mc_samples=0)
+    with pytest.raises(TypeError, match=r"n_mc_samples=2\.5 must be a whole number"):
+        model.get_marginal_ll(n_mc_samples=2.5)
     with pytest.raises(ValueError, match="n=0 must be at least 1"):
         model.sample(0)
     model = make(adata, VAE, setup={})

@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 
 from sccvae.model._base import evaluating, inference_batch
+from sccvae.nn import check_sizes
 
 
 class LatentMixin:
@@ -148,10 +149,16 @@ class VariationalMixin(LatentMixin):
         -------
         A float, or (n,) float32.
 
+        Raises
+        ------
+        ValueError, TypeError
+            If ``n_mc_samples`` is below 1, or no whole number.
+
         References
         ----------
         Burda, Grosse, Salakhutdinov 2016, Importance weighted autoencoders, ICLR, equation 8.
         """
+        check_sizes(n_mc_samples=n_mc_samples)
         n_genes = len(self.schema.var_names)
         chunk = max(1, 2**23 // ((batch_size or inference_batch(n_genes)) * n_genes))
         return self._per_cell(
