@@ -52,8 +52,8 @@ class VAE(
         As for :class:`sccvae.nn.MLP`.
     input_dropout
         Probability of dropping an input of the encoder while training: it learns less of the noise of few cells by
-        heart, and z holds less of it. None for 0.6 for counts of at least 700 genes, 0.5 of at
-        least 300, else 0.
+        heart, and z holds less of it. None for 0.6 for counts of at least 700 genes, 0.5 of at least 300, else 0; where
+        fewer than half of the counts are zero, less in proportion. ``settings`` then holds the number.
     seed
         Of the initial weights.
     registry
