@@ -2,8 +2,9 @@
 
 from sccvae.data.blocks import BlockLoader, shuffled_loader
 from sccvae.data.categories import is_label, match
+from sccvae.data.checks import check_setup
 from sccvae.data.confounding import confounding
-from sccvae.data.fields import Schema, anndata_fields, check_setup
+from sccvae.data.fields import Schema, anndata_fields
 from sccvae.data.lazy import open_anndata
 from sccvae.data.masked import MaskedStore, measured, read_measured
 from sccvae.data.moments import batch_moments, zero_share

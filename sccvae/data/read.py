@@ -10,7 +10,8 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from sccvae.data.fields import Schema, numeric_column
+from sccvae.data.checks import numeric_column
+from sccvae.data.fields import Schema
 from sccvae.data.matrix import Survey, as_matrix, gene_columns, gene_means, survey, take_columns
 from sccvae.data.ondisk import DiskMatrix, stays_on_disk
 
