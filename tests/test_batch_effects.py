@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import anndata as ad
@@ -711,15 +712,41 @@ def test_a_gmvae_of_batches_with_types_of_their_own_drops_inputs_and_aligns_kind
 
 
 def test_overlap_is_what_shares_of_kinds_have_in_common():
-    batch, kind = np.repeat([0, 1, 2], [4, 4, 2]), np.array([0, 0, 0, 1, 0, 1, 1, 1, 2, 2])
-    found = effects._overlap(effects._members(batch, 4), effects._members(kind, 3))  # a batch without cells as well
+    n = 1000  # so many that by chance they are all but the same
+    batch, kind = np.repeat([0, 1, 2], [4 * n, 4 * n, 2 * n]), np.repeat([0, 0, 0, 1, 0, 1, 1, 1, 2, 2], n)
+    found = effects._overlap(batch, 4, effects._members(kind, 3))  # a batch without cells as well
     shares = (
         [[0.75, 0.25, 0], [1 / 6, 3 / 6, 2 / 6]],
         [[0.25, 0.75, 0], [3 / 6, 1 / 6, 2 / 6]],
         [[0, 0, 1], [0.5, 0.5, 0]],
     )
     each = [np.minimum(*both).sum() for both in shares]
-    assert found == pytest.approx(0.4 * each[0] + 0.4 * each[1] + 0.2 * each[2])
+    assert found == pytest.approx(0.4 * each[0] + 0.4 * each[1] + 0.2 * each[2], abs=0.01)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_discrepancy_of_many_batches_is_that_of_those_in_the_mini_batch(within):
+    torch.manual_seed(0)
+    z, kinds, batch = torch.randn(40, 3), torch.rand(40, 4), torch.randint(0, 3, (40,))
+    few = batch_discrepancy(z, batch, 3, kinds, within=within)
+    many = batch_discrepancy(z, batch * 700 + 5, 5_000, kinds, within=within)
+    torch.testing.assert_close(many, few)
+
+
+def test_a_module_with_noted_draws_can_be_copied():
+    module = Module(8, [2], n_latent=2, n_hidden=4).train()
+    module.elbo_terms(Batch.of(torch.ones(6, 8), torch.zeros(6, dtype=torch.long)))
+    assert module.alignment.has_noted
+    assert not copy.deepcopy(module).alignment.has_noted
+
+
+def test_overlap_is_one_where_batches_differ_by_chance():
+    rng = np.random.default_rng(1)
+    kind = effects._members(rng.integers(10, size=600), 10)
+    for n_batch in (1, 2, 30, 150):  # down to four cells each
+        batch = rng.integers(n_batch, size=600)
+        assert effects._overlap(batch, n_batch, kind) > 0.9
+    assert effects._overlap(np.full(600, 1), 3, kind) == 1  # one batch that has cells
 
 
 @pytest.mark.parametrize("of_sparse", [True, False])

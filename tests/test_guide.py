@@ -69,14 +69,16 @@ def test_neighbor_graph_of_few_points():
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_principal_components_and_what_they_are_of_is_left_alone(counts):
+def test_principal_components_and_what_they_are_of_is_left_alone(counts, monkeypatch):
     x = np.random.default_rng(0).poisson(0.5, (60, 20)).astype(np.float32)
     library = x.sum(1, keepdims=True) + 1 if counts else None
     y = np.log1p(x * (np.median(library) / library)) if counts else x
     u, s, _ = np.linalg.svd(y - y.mean(0), full_matrices=False)
     rows, dense = sparse.csr_matrix(x), x.copy()
-    for given in (rows, dense):
+    for given, most in ((rows, np.inf), (dense, np.inf), (rows, 0)):  # too many to be made dense
+        monkeypatch.setattr("sccvae.train.guide.MOST_DENSE", most)
         z = principal_components(given, library, 5)
+        assert z.dtype == np.float32
         np.testing.assert_allclose(np.abs(z), np.abs(u * s)[:, :5], atol=0.05)
     assert (dense == x).all()
     assert (rows.toarray() == x).all()

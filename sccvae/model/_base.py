@@ -257,7 +257,8 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
     def _find_kinds(self, store: CellStore) -> None:
         """Kinds of cells for the alignment, of a model that was loaded: its files do not hold them."""
         if self._aligns_kinds and self.module.kinds is None:
-            self.module.kinds = batch_effects(store, self.schema.n_categories[0])[1]
+            depth = float(self.module.likelihood.depth)
+            self.module.kinds = batch_effects(store, self.schema.n_categories[0], depth=depth)[1]
 
     def _training_store(self, data: str = "auto") -> CellStore:
         if self.adata is None:

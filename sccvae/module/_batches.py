@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,10 @@ class Alignment:
         """Keep draws z (n, d), and the probabilities of their kinds (n, K) if these are known, for :meth:`penalty`."""
         if self.weight:
             self._noted = z, None if kinds is None else kinds.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the draws: they hang on a graph, which cannot be copied."""
+        return self.__dict__ | {"_noted": None}
 
     @property
     def has_noted(self) -> bool:

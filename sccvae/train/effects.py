@@ -36,9 +36,13 @@ NEAREST, LANDMARKS, CELLS_A_LANDMARK = 30, 64, 8
 PRIOR = 1 / 400
 #: Sweeps of the fit; after ten it moves by less than 1 %.
 SWEEPS = 30
+#: Shuffles of the batches that tell how alike the shares of kinds would be by chance.
+SHUFFLES = 3
 
 
-def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) -> tuple[np.ndarray, CellKinds | None]:
+def batch_effects(
+    store: CellStore, n_batch: int, *, with_kinds: bool = True, depth: float | None = None
+) -> tuple[np.ndarray, CellKinds | None]:
     """Log factor by which each batch multiplies each gene, and the kinds of cells.
 
     Means of batches alone would take a kind of cell that one batch has more of for an effect on the genes of that kind.
@@ -59,6 +63,8 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
         Number of batches.
     with_kinds
         Whether the kinds are wanted.
+    depth
+        Library size at which cells are compared, that at which the encoder sees them; None for the median.
 
     Returns
     -------
@@ -76,7 +82,7 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
     library = np.maximum(library, 1e-12)
     batches = _members(batch, n_batch)
     n_kinds = int(np.clip(len(rows) // CELLS_A_KIND, 1, KINDS))
-    y = x.multiply(np.median(store.cells.library) / library).tocsr().log1p()
+    y = x.multiply((depth or np.median(store.cells.library)) / library).tocsr().log1p()
     if n_kinds == 1 or min(x.shape) <= 2 or (y.max(axis=0).toarray() == y.min(axis=0).toarray()).all():
         return _factors(x, library, batches, _members(np.zeros(len(rows), np.int64), 1)).astype(np.float32), None
     added = _between_neighbors(y, batch, n_batch)
@@ -93,7 +99,7 @@ def batch_effects(store: CellStore, n_batch: int, *, with_kinds: bool = True) ->
     if kinds.shape[1] == 1:
         return effects, None
     weight = kinds.toarray() * _shared(joined, batch, n_batch, kinds)[:, None]
-    return effects, _landmarks(y @ axes, batch, n_batch, weight, axes, _overlap(batches, kinds))
+    return effects, _landmarks(y @ axes, batch, n_batch, weight, axes, _overlap(batch, n_batch, kinds))
 
 
 def _some(batch: np.ndarray) -> np.ndarray:
@@ -232,13 +238,22 @@ def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int, kinds: sparse.csr_ar
     return np.minimum(np.divide(found, others, out=np.zeros(len(z)), where=others > 0), 1)
 
 
-def _overlap(batches: sparse.csr_array, kinds: sparse.csr_array) -> float:
-    """How alike the shares of kinds are, a_k in a batch and b_k in the others: sum_k min(a_k, b_k), mean of cells."""
-    own = (batches.T @ kinds).toarray()  # (n_batch, K)
-    others = own.sum(0) - own
-    size = own.sum(1)
-    share, rest = (n / np.maximum(n.sum(1, keepdims=True), 1) for n in (own, others))
-    return float(size @ np.minimum(share, rest).sum(1) / size.sum())
+def _overlap(batch: np.ndarray, n_batch: int, kinds: sparse.csr_array) -> float:
+    """How alike the shares of kinds are, a_k in a batch and b_k in the others: sum_k min(a_k, b_k), mean of cells.
+
+    As a share of what it is with the batches shuffled: those of a few cells differ by chance. 1 where there is one.
+    """
+
+    def alike(batch: np.ndarray) -> float:
+        own = (_members(batch, n_batch).T @ kinds).toarray()  # (n_batch, K)
+        others = own.sum(0) - own
+        size = own.sum(1)
+        share, rest = (n / np.maximum(n.sum(1, keepdims=True), 1) for n in (own, others))
+        return float(size @ np.minimum(share, rest).sum(1) / size.sum())
+
+    rng = np.random.default_rng(0)
+    by_chance = np.mean([alike(rng.permutation(batch)) for _ in range(SHUFFLES)])
+    return min(alike(batch) / by_chance, 1.0) if by_chance else 1.0
 
 
 def _landmarks(

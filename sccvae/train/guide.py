@@ -31,6 +31,8 @@ MOST_ORDERS, ORDERS_CELLS = 5, 200_000
 PIECES, PARTITIONS, STARTS = 3, 3, 20
 #: A cluster of fewer cells than this, or than this share of them, is no component: its cells get no label.
 MIN_CELLS, MIN_SHARE = 5, 0.002
+#: Values from which on a sparse matrix is not made dense for its principal components (2 GB).
+MOST_DENSE = 500_000_000
 
 
 @dataclass
@@ -104,9 +106,11 @@ def principal_components(x: np.ndarray | sparse.spmatrix, library: np.ndarray | 
         scale = np.median(library) / library
         x = x.multiply(scale).tocsr() if sparse.issparse(x) else x * scale
         x = x.log1p() if sparse.issparse(x) else np.log1p(x)
-    own = sparse.issparse(x)  # made dense here: centred in place
-    x = np.asarray(x.toarray() if own else x, dtype=np.float32)
     n = min(n, *(side - 1 for side in x.shape))
+    own = sparse.issparse(x)  # made dense here: centred in place
+    if own and np.prod(x.shape) > MOST_DENSE:
+        return PCA(n, svd_solver="arpack", random_state=0).fit_transform(x.astype(np.float32)).astype(np.float32)
+    x = np.asarray(x.toarray() if own else x, dtype=np.float32)
     return PCA(n, copy=not own, svd_solver="randomized", random_state=0).fit_transform(x)
 
 
