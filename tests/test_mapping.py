@@ -21,6 +21,7 @@ from scipy import sparse
 from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 from scipy.stats import multivariate_normal
+from sklearn.metrics import roc_auc_score
 
 import sccvae
 from sccvae import model as models
@@ -566,10 +567,30 @@ def test_labels_are_transferred(planted_reference, nan_labels):
     assert (every["label"].astype(str) == every["best_label"].astype(str)).all()
     unknown = table["label"] == "unknown"
     assert (query.transfer_labels(unknown_threshold=0.2)["label"] == "unknown").sum() > unknown.sum()
-    assert (unknown == (table["outlier_score"] > query.unknown_score(0.99))).all()
+    assert (unknown == (table["outlier_score"] > query.unknown_score(0.95))).all()
     assert 0 <= query.calibration["expected_calibration_error"] < 0.2
     with pytest.raises(ValueError, match=r"unknown_threshold=3 must be a share"):
         query.transfer_labels(unknown_threshold=3)
+    with pytest.raises(ValueError, match=r"n_neighbors=0 must be at least 1"):
+        query.transfer_labels(n_neighbors=0)
+
+
+def test_a_strange_group_stands_out_more_than_its_cells(planted_reference):
+    """Neighbours by their genes are asked as well: what is strange about a whole group is no chance."""
+    model, cells = planted_reference
+    query, strange = cells.copy(), np.arange(cells.n_obs) % 4 == 0
+    x, rng = query.X.toarray(), np.random.default_rng(0)
+    of_x, other = x[query.obs["type"] == "x"].mean(0), rng.permutation(x.mean(0))
+    x[strange] = rng.poisson(0.8 * of_x + 0.2 * other, (strange.sum(), x.shape[1]))
+    query.X = sparse.csr_matrix(x)
+    query = model.load_query(query)
+    query.train(accelerator="cpu", progress_bar=False)
+    alone, together = (query.transfer_labels(n_neighbors=n) for n in (1, 15))
+    a, b = (roc_auc_score(strange, table["outlier_score"]) for table in (alone, together))
+    assert b > a + 0.02
+    assert (alone[["best_label", "probability"]] == together[["best_label", "probability"]]).all(axis=None)
+    few = np.flatnonzero(strange)[:5]
+    assert (query.transfer_labels(indices=few)["outlier_score"] == alone["outlier_score"].iloc[few]).all()
 
 
 def test_held_out_cells_of_the_reference_are_known(planted_reference):

@@ -12,10 +12,13 @@ import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix, vstack
 from scipy.special import log_softmax
+from sklearn.decomposition import TruncatedSVD
+from sklearn.neighbors import NearestNeighbors
 
 from sccvae.model._base import evaluating
 from sccvae.model._classes import against_classes, by_normals, calibrate, logistic, normals, strangeness, temperature_of
 from sccvae.module import Batch
+from sccvae.nn import check_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,10 @@ UNKNOWN = "unknown"
 LEARNS_FROM, DEPTH = 10_000, 1e4
 #: Quantiles kept of the held-out outlier scores.
 QUANTILES = 1001
+#: Components in which neighbours of a query's cells are looked for, and cells among which.
+N_COMPONENTS, MOST_CELLS = 30, 20_000
+#: Cells asked about for each neighbour at least: a few cells lie next to cells of other types.
+CELLS_A_NEIGHBOR = 6
 
 
 class TransferMixin:
@@ -35,7 +42,8 @@ class TransferMixin:
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
-        unknown_threshold: float | None = 0.99,
+        unknown_threshold: float | None = 0.95,
+        n_neighbors: int = 15,
         batch_size: int | None = None,
     ) -> pd.DataFrame:
         """Label of each cell by the labelled cells that the reference was trained on.
@@ -53,8 +61,14 @@ class TransferMixin:
             Rows (or a mask) of the cells; None for all.
         unknown_threshold
             A cell is called ``"unknown"`` if its outlier score is larger than those of this share of the held-out
-            reference cells: the default leaves 1 % of cells like them unknown. None gives every cell a label. Raise it
-            where a query's technology differs a lot from the reference's, lower it to find rarer intruders.
+            reference cells: the default leaves fewer than 5 % of cells like them unknown (2 to 3 %, as neighbours are
+            asked as well). None gives every cell a label. Raise it where a query's technology differs a lot from the
+            reference's.
+        n_neighbors
+            The outlier score is the median over so many cells: the cell itself and those of the cells asked about whose
+            genes are most like its own (30 components of their genes; at most one neighbour for each six cells). What
+            is strange about one cell may be chance, about a whole group it is not. But a type of fewer than half as
+            many cells goes unnoticed: 1 takes each cell by itself.
         batch_size
             Cells at a time.
 
@@ -63,13 +77,15 @@ class TransferMixin:
         A data frame, indexed by cell: ``label`` (categorical, with ``"unknown"``), ``best_label`` (without),
         ``probability`` (calibrated, of ``best_label``), ``uncertainty`` (1 - probability) and ``outlier_score``: how
         far the cell lies from all classes in z, how little its genes speak for any of them, and how little both views
-        agree; the sum, each in standard deviations of the held-out reference cells from their median (unknown above
-        :meth:`unknown_score`).
+        agree; the sum, each in standard deviations of the held-out reference cells from their median, and of that the
+        median over its neighbours (unknown above :meth:`unknown_score`).
 
         Raises
         ------
         ValueError
-            If the reference has no labels, or the threshold is not between 0 and 1.
+            If the reference has no labels, the threshold is not between 0 and 1, or ``n_neighbors`` is below 1.
+        TypeError
+            If ``n_neighbors`` is no whole number.
 
         References
         ----------
@@ -79,13 +95,22 @@ class TransferMixin:
         """
         known = self._transfer()
         bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
-        views = self._look(adata, indices, batch_size, known.get("genes"))
+        check_sizes(n_neighbors=n_neighbors)
+        rows = self._rows(adata, indices)
+        n_neighbors = min(n_neighbors, len(rows) // CELLS_A_NEIGHBOR)
+        axes = self._axes(adata, rows) if n_neighbors > 1 else None
+        views = self._look(adata, indices, batch_size, known.get("genes"), axes)
+        where = views.pop("where", None)
         names = known["classes"]
         called = [*names, *{UNKNOWN}.difference(names)]
         score, log_q = against_classes(views, known)
+        if where is not None:
+            some = _some(len(rows), MOST_CELLS)
+            near = NearestNeighbors(n_neighbors=n_neighbors).fit(where[some]).kneighbors(where, return_distance=False)
+            score = np.median(score[some][near], axis=1)
         q = np.exp(log_softmax(log_q / known["temperature"], axis=1))
         best = q.argmax(1)
-        index = self._given(adata).obs_names[self._rows(adata, indices)]
+        index = self._given(adata).obs_names[rows]
         labels = pd.Categorical.from_codes(np.where(score > bound, called.index(UNKNOWN), best), categories=called)
         probability = q.max(1).astype(np.float32)
         return pd.DataFrame(
@@ -99,7 +124,7 @@ class TransferMixin:
             index=index,
         )
 
-    def unknown_score(self, unknown_threshold: float = 0.99) -> float:
+    def unknown_score(self, unknown_threshold: float = 0.95) -> float:
         """Outlier score that this share of the held-out reference cells stays below.
 
         Parameters
@@ -151,8 +176,12 @@ class TransferMixin:
         indices: Sequence[int] | None,
         batch_size: int | None = None,
         genes: dict[str, Any] | None = None,
+        axes: torch.Tensor | None = None,
     ) -> dict[str, np.ndarray]:
-        """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K)."""
+        """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K).
+
+        And ``where`` they are on axes (G, d) of their genes, (n, d).
+        """
         found: dict[str, list[torch.Tensor]] = {"z": []}
         if genes is not None:
             weights, intercepts = (torch.tensor(genes[name], dtype=torch.float32) for name in ("weights", "intercepts"))
@@ -164,6 +193,8 @@ class TransferMixin:
                     found.setdefault("q", []).append(self.module.classify(batch, log=True))
                 if genes is not None:
                     found.setdefault("genes", []).append(self._genes(batch).cpu() @ weights.T + intercepts)
+                if axes is not None:
+                    found.setdefault("where", []).append(self._genes(batch).cpu() @ axes)
         return {name: torch.cat(parts).double().cpu().numpy() for name, parts in found.items()}
 
     def _genes(self, batch: Batch) -> torch.Tensor:
@@ -238,9 +269,23 @@ class TransferMixin:
 
     def _learn_genes(self, rows: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any] | None:
         """The logistic regression on the genes of training cells, (n,) rows and classes."""
-        some = np.sort(np.random.default_rng(0).permutation(len(rows))[:LEARNS_FROM])
-        parts = [csr_matrix(self._genes(batch).cpu().numpy()) for batch in self._stream(None, rows[some])]
-        return logistic(vstack(parts, "csr"), codes[some], n_classes)
+        some = _some(len(rows), LEARNS_FROM)
+        return logistic(self._genes_of(None, rows[some]), codes[some], n_classes)
+
+    def _axes(self, adata: AnnData | None, rows: np.ndarray) -> torch.Tensor:
+        """Principal axes of the genes of these cells, (G, d), about the origin."""
+        x = self._genes_of(adata, rows[_some(len(rows), LEARNS_FROM)])
+        n = max(1, min(N_COMPONENTS, min(x.shape) - 1))
+        return torch.from_numpy(TruncatedSVD(n, random_state=0).fit(x).components_.T.astype(np.float32))
+
+    def _genes_of(self, adata: AnnData | None, rows: np.ndarray) -> csr_matrix:
+        """:meth:`_genes` of these cells."""
+        return vstack([csr_matrix(self._genes(batch).cpu().numpy()) for batch in self._stream(adata, rows)], "csr")
+
+
+def _some(n: int, most: int) -> np.ndarray:
+    """At most so many of n rows, drawn at random, in order."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:most])
 
 
 _SCORES = ("accuracy", "expected_calibration_error_before", "expected_calibration_error")
