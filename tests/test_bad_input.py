@@ -234,6 +234,25 @@ def test_an_unused_category(adata):
 
 
 @pytest.mark.parametrize("key", ["batch_key", "categorical_covariate_keys"])
+def test_an_unused_category_is_not_learned(adata, key, tmp_path):
+    """A query that has it brings it, with weights of its own."""
+    adata.obs["k"] = pd.Categorical(np.tile(["b", "d"], N // 2), categories=["a", "b", "c", "d"])
+    model = make(adata, setup={key: "k" if key == "batch_key" else ["k"]})
+    assert model.schema.categories["k"].tolist() == ["b", "d"]
+    codes = adata.obs["_scvi_batch"] if key == "batch_key" else adata.obsm["_scvi_extra_categorical_covs"]["k"]
+    assert np.array_equal(codes, np.arange(N) % 2)
+    assert adata.obs["k"].cat.categories.tolist() == ["a", "b", "c", "d"]
+    model.save(tmp_path / "model")
+    loaded = CVAE.load(tmp_path / "model", adata)
+    assert (loaded.get_latent_representation() == model.get_latent_representation()).all()
+    query = adata.copy()
+    query.obs["k"] = "a"
+    mapped = loaded.load_query(query)
+    assert not mapped.is_trained
+    assert mapped.schema.categories["k"].tolist() == ["b", "d", "a"]
+
+
+@pytest.mark.parametrize("key", ["batch_key", "categorical_covariate_keys"])
 def test_an_unseen_category(adata, key):
     model = make(adata, setup={key: "batch" if key == "batch_key" else ["batch"]})
     other = adata.copy()

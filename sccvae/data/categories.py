@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 
-def is_label(column: pd.Series, unlabeled_category: str | None) -> np.ndarray:
+def is_label(column: pd.Series, unlabeled_category: Any) -> np.ndarray:
     """Which values of a column are labels.
 
     Parameters
@@ -14,14 +16,16 @@ def is_label(column: pd.Series, unlabeled_category: str | None) -> np.ndarray:
     column
         Values, (n,).
     unlabeled_category
-        Value that stands for no label, or None.
+        Value that stands for no label, or None; it is found as :func:`match` finds it.
 
     Returns
     -------
     (n,) bool; false for what is missing, and for ``unlabeled_category``.
     """
     known = column.notna().to_numpy()
-    return known if unlabeled_category is None else known & (column.astype(str) != str(unlabeled_category)).to_numpy()
+    if unlabeled_category is None:
+        return known
+    return known & (match(np.array([unlabeled_category], dtype=object), column) < 0)
 
 
 def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
