@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,28 +12,17 @@ import torch
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from sccvae.data import measured, row_numbers
+from sccvae.data import measured
 from sccvae.model._base import evaluating
+from sccvae.model._comparisons import Comparison, comparisons, warn_of_parted_batches
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change
 from sccvae.model._shrinkage import expected_fdr, posterior_draws
 from sccvae.nn import check_sizes
 
 #: Counts in a cell of median library size below which a gene counts as not expressed (scvi-tools' threshold_counts).
 NOT_EXPRESSED = 0.01
-#: Draws of the weights of cells, and cells of a group below which their spread cannot be told.
-N_WEIGHTS, FEW = 200, 10
-#: Column that a query of ``obs`` takes along.
-ROW = "row of sccvae"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two groups of cells: their names, and their rows (n,) int64."""
-
-    name1: str
-    name2: str
-    rows1: np.ndarray
-    rows2: np.ndarray
+#: Draws of the weights of cells.
+N_WEIGHTS = 200
 
 
 @dataclass
@@ -172,7 +160,8 @@ class DifferentialMixin:
         Warns
         -----
         UserWarning
-            If a group has fewer than ten cells.
+            If a group has fewer than ten cells; if the two groups have no batch in common, and cells are decoded in all
+            batches: what differs between their batches is no change then.
 
         Notes
         -----
@@ -198,33 +187,17 @@ class DifferentialMixin:
                 f"{DECODES_FROM_CONDITIONS}, with batch_key= in setup_anndata."
             )
             raise ValueError(msg)
-        by_groups, by_rows = (any(v is not None for v in way) for way in ((groupby, group1, group2), (idx1, idx2)))
-        if by_groups == by_rows or (groupby is None and idx1 is None):
-            msg = (
-                "Give either groupby=, the obs column of the groups, with group1= and group2=; or idx1=, the cells of "
-                "the first group, with idx2=."
-            )
-            raise ValueError(msg)
         given = self._given(adata)
-        comparisons = _by_rows(given, idx1, idx2) if groupby is None else _by_groups(given, groupby, group1, group2)
-        few = [
-            f"{len(rows)} cells in one group of '{one.name1} vs {one.name2}'"
-            for one in comparisons
-            for rows in (one.rows1, one.rows2)
-            if len(rows) < FEW
-        ]
-        if few:
-            msg = f"{few[0]}: from so few the spread of a gene cannot be told, and false discovery rates are too low."
-            warnings.warn(msg, UserWarning, stacklevel=2)
+        found = comparisons(given, groupby, group1, group2, idx1, idx2)
         if pseudocounts is None:
             pseudocounts = NOT_EXPRESSED / self.reference["library_quantiles"][50]
         pseudocounts = pseudocounts if counts else 0.0
         correct = corrects and batch_correction is not False
         present = measured(given, self.schema)
-        sums, parts = self._sums(adata, comparisons, correct, batch_size, silent, seed)
+        sums, parts = self._sums(adata, found, correct, batch_size, silent, seed)
         rng = np.random.default_rng(seed)
         tables = []
-        for i, one in enumerate(comparisons):
+        for i, one in enumerate(found):
             both = [sums.over(parts[:, column]) for column in (2 * i, 2 * i + 1)]
             estimate, error, scale1, scale2 = _estimates(both, pseudocounts, counts)
             draws = posterior_draws(estimate, error, n_samples_overall, rng)
@@ -238,7 +211,7 @@ class DifferentialMixin:
             table = table.sort_values("proba_de" if mode == "change" else "bayes_factor", ascending=False)
             if mode == "change":
                 table[f"is_de_fdr_{fdr_target}"] = expected_fdr(table["proba_de"].to_numpy()) <= fdr_target
-            table["comparison"] = f"{one.name1} vs {one.name2}"
+            table["comparison"] = str(one)
             table["group1"], table["group2"] = one.name1, one.name2
             tables.append(table)
         return pd.concat(tables)
@@ -246,7 +219,7 @@ class DifferentialMixin:
     def _sums(
         self,
         adata: AnnData | None,
-        comparisons: list[Comparison],
+        found: list[Comparison],
         correct: bool,
         batch_size: int | None,
         silent: bool,
@@ -258,7 +231,9 @@ class DifferentialMixin:
         """
         self._check_if_trained(warn=True)
         store = self._store(adata)
-        groups = [rows for one in comparisons for rows in (one.rows1, one.rows2)]
+        if correct:
+            warn_of_parted_batches(found, store.cells.codes[:, 0], self.schema.batch_key)
+        groups = [rows for one in found for rows in (one.rows1, one.rows2)]
         member = np.zeros((len(store), len(groups)), bool)
         for column, rows in enumerate(groups):
             member[rows, column] = True
@@ -346,51 +321,3 @@ def _check_options(mode: str, delta: float, fdr_target: float, pseudocounts: flo
             f"n_samples_overall={n_samples} must be at least 1, and pseudocounts={pseudocounts} positive."
         )
         raise ValueError(msg)
-
-
-def _by_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list[Comparison]:
-    """One comparison for each group of ``group1``."""
-    if groupby not in adata.obs:
-        msg = f"There is no adata.obs[{groupby!r}]; the columns are {list(adata.obs.columns)}."
-        raise KeyError(msg)
-    column = adata.obs[groupby]
-    names = column.astype(object).where(column.notna(), None)
-    names = np.array([None if name is None else str(name) for name in names], dtype=object)
-    groups = sorted({name for name in names if name is not None})
-    if len(groups) < 2:
-        msg = f"adata.obs[{groupby!r}] has {len(groups)} group: differential expression compares two."
-        raise ValueError(msg)
-    several = group1 is not None and not isinstance(group1, str) and np.ndim(group1)
-    wanted = [str(g) for g in (group1 if several else groups if group1 is None else [group1])]
-    if group1 is None and group2 is not None:
-        wanted = [g for g in groups if g != str(group2)]
-    unknown = [g for g in [*wanted, *([] if group2 is None else [str(group2)])] if g not in groups]
-    if unknown or not wanted:
-        msg = f"adata.obs[{groupby!r}] has no cells in {unknown or group1!r}; its groups are {groups}."
-        raise ValueError(msg)
-    if group2 is not None and str(group2) in wanted:
-        msg = f"group1 and group2 are both {str(group2)!r}: compare two groups."
-        raise ValueError(msg)
-
-    def others(name: str) -> np.ndarray:
-        other = names != name if group2 is None else names == str(group2)
-        return np.flatnonzero(other & (names != None))  # noqa: E711  elementwise
-
-    second = "Rest" if group2 is None else str(group2)
-    return [Comparison(name, second, np.flatnonzero(names == name), others(name)) for name in wanted]
-
-
-def _by_rows(adata: AnnData, idx1: Any, idx2: Any) -> list[Comparison]:
-    """The comparison of two selections."""
-    return [Comparison("one", "Rest" if idx2 is None else "two", *_rows(adata, idx1, idx2))]
-
-
-def _rows(adata: AnnData, idx1: Any, idx2: Any) -> Iterator[np.ndarray]:
-    one = None
-    for name, idx in (("idx1", idx1), ("idx2", idx2)):
-        if isinstance(idx, str):  # by number: names of cells may be there twice
-            idx = adata.obs.assign(**{ROW: np.arange(adata.n_obs)}).query(idx)[ROW].to_numpy()
-        elif idx is None:
-            idx = np.setdiff1d(np.arange(adata.n_obs), one)
-        one = row_numbers(idx, adata.n_obs, name)
-        yield one
