@@ -286,6 +286,8 @@ def test_the_same_seed_gives_the_same_table():
         ({"groupby": "donor", "mode": "t-test"}, ValueError, "choose 'change' or 'vanilla'"),
         ({"groupby": "donor", "fdr_target": 5}, ValueError, "fdr_target=5 must lie between 0 and 1"),
         ({"groupby": "donor", "delta": -1}, ValueError, "delta=-1 must not be negative"),
+        ({"groupby": "donor", "delta": None}, TypeError, r"delta=None must be a number.*delta=0\.5.*none is estimated"),
+        ({"groupby": "donor", "fdr_target": "x"}, TypeError, r"fdr_target='x' must be a number"),
     ],
 )
 def test_bad_input_is_named(options, error, message):
@@ -328,7 +330,38 @@ def test_groups_are_found_by_value(values, dtype):
     for group1, group2 in ((1, 2), (1, None), ([1], 2), (values[0], values[1])):
         table = model.differential_expression(adata, "number", group1, group2, **options)
         pd.testing.assert_frame_equal(table.iloc[:, :-3], wanted.iloc[:, :-3])
-    assert table["group1"].iloc[0] == str(values[0])
+    assert float(table["group1"].iloc[0]) == 1
+
+
+@pytest.mark.parametrize("mode", ["change", "vanilla"])
+def test_genes_that_are_equally_sure_stand_by_their_error(planted, mode):
+    """Of genes of which no draw lies on the other side, that first which is most errors away; also of few draws."""
+    options = {"groupby": "type", "group1": "t1", "group2": "t0", "mode": mode, **QUIET}
+    table = planted.differential_expression(n_samples_overall=200, **options)
+    proba = table["proba_de" if mode == "change" else "proba_m1"]
+    assert proba.is_monotonic_decreasing
+    sure = table[proba == 1].index
+    assert len(sure) > 10
+    exact = planted.differential_expression(n_samples_overall=200, **(options | {"mode": "change"})).loc[sure]
+    far = (exact["lfc_mean"].abs() - exact["delta"]) if mode == "change" else exact["lfc_mean"]
+    assert (far / exact["lfc_std"]).is_monotonic_decreasing
+    if mode == "change":  # many draws agree
+        many = planted.differential_expression(n_samples_overall=20_000, **options)
+        assert many["proba_de"].loc[sure[:5]].min() >= many["proba_de"].loc[sure[-5:]].max()
+
+
+def test_every_group_beside_the_rest_is_as_each_alone():
+    """Sums are taken part by part, the parts of a group added."""
+    model = trained("vae-nb")
+    adata = model.adata.copy()
+    adata.obs["group"] = [f"g{i}" for i in np.random.default_rng(0).permutation(48) // 12]
+    options = {"pseudocounts": 1e-9, "n_samples_overall": 10, **QUIET}
+    every = model.differential_expression(adata, "group", **options)
+    for name, table in every.groupby("group1"):
+        alone = model.differential_expression(adata, "group", name, **options).loc[table.index]
+        for column in ("raw_mean1", "raw_mean2", "non_zeros_proportion2", "raw_normalized_mean2"):
+            np.testing.assert_allclose(table[column], alone[column], rtol=1e-6)
+        np.testing.assert_allclose(table["scale2"], alone["scale2"], rtol=0.2)
 
 
 def test_few_cells_are_said():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Real
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from sccvae.data import measured
+from sccvae.data import DiskMatrix, measured
 from sccvae.model._base import evaluating
 from sccvae.model._comparisons import Comparison, comparisons, warn_of_parted_batches
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change
@@ -34,18 +35,25 @@ class Sums:
     ``raw``, ``nonzero``, ``normalized`` (..., G).
     """
 
-    n: Any = 0.0
-    weight: Any = 0.0
-    decoded: Any = 0.0
-    observed: Any = 0.0
-    expected: Any = 0.0
-    raw: Any = 0.0
-    nonzero: Any = 0.0
-    normalized: Any = 0.0
+    n: np.ndarray
+    weight: np.ndarray
+    decoded: np.ndarray
+    observed: np.ndarray
+    expected: np.ndarray
+    raw: np.ndarray
+    nonzero: np.ndarray
+    normalized: np.ndarray
+
+    @classmethod
+    def zeros(cls, n_parts: int, n_genes: int) -> Sums:
+        """No cell yet."""
+        shapes = [(), (N_WEIGHTS,), *[(N_WEIGHTS, n_genes)] * 3, *[(n_genes,)] * 3]
+        return cls(*(np.zeros((n_parts, *shape)) for shape in shapes))
 
     def over(self, parts: np.ndarray) -> Sums:
         """The sums over some parts, (n_parts,) bool."""
-        return Sums(**{name: value[parts].sum(0) for name, value in vars(self).items()})
+        # a product: to pick them first would copy nearly all of them for the rest of the cells
+        return Sums(*(np.tensordot(parts.astype(float), value, 1) for value in vars(self).values()))
 
 
 class DifferentialMixin:
@@ -129,7 +137,8 @@ class DifferentialMixin:
 
         Returns
         -------
-        A row for each gene and comparison, the surest first in each comparison.
+        A row for each gene and comparison, the surest first in each comparison: by ``proba_de`` and, where all or no
+        draws lie beyond ``delta``, by how many ``lfc_std`` the mean lies beyond it.
 
         - ``proba_de``, ``proba_not_de``: P(abs(change) > delta), and its complement
         - ``bayes_factor``: natural log of their ratio
@@ -155,7 +164,8 @@ class DifferentialMixin:
             If a group is not known or has no cells, neither or both of ``groupby`` and ``idx1`` are given or parts of
             both, a number is out of range, or the model has no batch to correct for.
         TypeError, IndexError
-            If ``idx1`` or ``idx2`` are no rows, or there are none such; or ``n_samples_overall`` is no whole number.
+            If ``idx1`` or ``idx2`` are no rows, or there are none such; ``n_samples_overall`` is no whole number; or
+            ``delta``, ``fdr_target`` or ``pseudocounts`` is no number.
 
         Warns
         -----
@@ -170,7 +180,8 @@ class DifferentialMixin:
         effect, which matters where groups and batches are confounded. For counts, changes are of proportions: if a few
         strong genes rise, all others fall.
 
-        Memory: 200 x genes x 3 float64 for each group; time does not depend on the number of groups.
+        Memory: 200 x genes x 3 float64 for each group. Time: the cells are read and decoded once, however many groups
+        there are; a comparison adds about 0.5 s for 2,000 genes.
 
         References
         ----------
@@ -207,8 +218,8 @@ class DifferentialMixin:
             columns |= {"delta": delta, "pseudocounts": pseudocounts} if mode == "change" else {}
             if all_stats:
                 columns |= _observed(both, counts, present)
-            table = pd.DataFrame(columns, index=pd.Index(self.schema.var_names))
-            table = table.sort_values("proba_de" if mode == "change" else "bayes_factor", ascending=False)
+            order = _surest_first(columns["proba_de" if mode == "change" else "proba_m1"], draws, mode, delta)
+            table = pd.DataFrame(columns, index=pd.Index(self.schema.var_names)).iloc[order]
             if mode == "change":
                 table[f"is_de_fdr_{fdr_target}"] = expected_fdr(table["proba_de"].to_numpy()) <= fdr_target
             table["comparison"] = str(one)
@@ -239,9 +250,12 @@ class DifferentialMixin:
             member[rows, column] = True
         used = np.flatnonzero(member.any(1))
         parts, part = np.unique(member[used], axis=0, return_inverse=True)
-        part = part.ravel() == np.arange(len(parts))[:, None]  # (n_parts, n)
+        part = part.ravel()
+        if not isinstance(store.cells.x, DiskMatrix):  # part by part, so that a mini-batch adds to few of the sums
+            order = np.argsort(part, kind="stable")
+            used, part = used[order], part[order]
         changes = [Change(codes={0: int(b)}) for b in np.unique(store.cells.codes[used, 0])] if correct else [Change()]
-        sums, rng, done = Sums(), np.random.default_rng(seed), 0
+        sums, rng, done = Sums.zeros(len(parts), store.n_features), np.random.default_rng(seed), 0
         with evaluating(seed), tqdm(total=len(used), desc="DE", unit="cell", disable=silent) as bar:
             for batch in self._batches(store, used, batch_size):
                 z = self.module.inference(batch)["z"].sample()
@@ -254,13 +268,19 @@ class DifferentialMixin:
                 scaled = 1e4 * x / total.clamp(min=1)
                 x, own, decoded, scaled = (t.double().cpu().numpy() for t in (x, own, decoded, scaled))
                 weight = rng.exponential(size=(N_WEIGHTS, len(x)))
-                here = part[:, done : done + len(x)]
+                here = part[done : done + len(x)]
                 done += len(x)
-                new = [here.sum(1), np.stack([weight[:, cells].sum(1) for cells in here])]
-                new += [np.stack([weight[:, cells] @ v[cells] for cells in here]) for v in (decoded, x, own)]
-                new += [here.astype(float) @ v for v in (x, x != 0, scaled)]
-                for name, value in zip(vars(sums), new, strict=True):
-                    setattr(sums, name, getattr(sums, name) + value)
+                for i in np.unique(here):
+                    cells = here == i
+                    w, counted = weight[:, cells], x[cells]
+                    sums.n[i] += len(counted)
+                    sums.weight[i] += w.sum(1)
+                    sums.decoded[i] += w @ decoded[cells]
+                    sums.observed[i] += w @ counted
+                    sums.expected[i] += w @ own[cells]
+                    sums.raw[i] += counted.sum(0)
+                    sums.nonzero[i] += (counted != 0).sum(0)
+                    sums.normalized[i] += scaled[cells].sum(0)
                 bar.update(len(x))
         return sums, parts
 
@@ -306,6 +326,13 @@ def _vanilla(change: np.ndarray) -> dict[str, np.ndarray]:
     return {"proba_m1": proba, "proba_m2": 1 - proba, "bayes_factor": _log_odds(proba)}
 
 
+def _surest_first(proba: np.ndarray, change: np.ndarray, mode: str, delta: float) -> np.ndarray:
+    """The order of genes, (G,): by ``proba``, then by what a normal with the moments of the draws (n, G) would say."""
+    mean = change.mean(0)
+    beyond = np.abs(mean) - delta if mode == "change" else mean
+    return np.lexsort((-beyond / np.maximum(change.std(0), 1e-12), -proba))
+
+
 def _log_odds(proba: np.ndarray, eps: float = 1e-8) -> np.ndarray:
     return np.log(proba + eps) - np.log(1 - proba + eps)
 
@@ -315,6 +342,10 @@ def _check_options(mode: str, delta: float, fdr_target: float, pseudocounts: flo
         msg = f"mode={mode!r}: choose 'change' or 'vanilla'."
         raise ValueError(msg)
     check_sizes(n_samples_overall=n_samples)
+    for name, number in {"delta": delta, "fdr_target": fdr_target, "pseudocounts": pseudocounts or 1.0}.items():
+        if not isinstance(number, Real):
+            msg = f"{name}={number!r} must be a number, as delta=0.5, fdr_target=0.05; none is estimated from the data."
+            raise TypeError(msg)
     if not (delta >= 0 and 0 < fdr_target < 1 and n_samples >= 1 and (pseudocounts is None or pseudocounts > 0)):
         msg = (
             f"delta={delta} must not be negative, fdr_target={fdr_target} must lie between 0 and 1, "
