@@ -256,7 +256,8 @@ def test_what_stands_for_no_label_is_matched_by_value(values, unlabeled, labels)
 
 def test_a_missing_label_is_not_a_class_of_that_name(adata):
     adata.obs["type"] = pd.Series(["nan", "None", None, np.nan] * 12, index=adata.obs_names, dtype=object)
-    CVAE.setup_anndata(adata, batch_key="donor", labels_key="type")
+    with pytest.warns(UserWarning, match="'nan' .12 cells. counts as a class"):
+        CVAE.setup_anndata(adata, batch_key="donor", labels_key="type")
     schema = CVAE(adata, n_latent=2, n_hidden=4).schema
     assert schema.classes.tolist() == ["None", "nan"]
     assert schema.label_codes(adata.obs["type"])[:4].tolist() == [1, 0, -1, -1]

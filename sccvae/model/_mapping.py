@@ -30,7 +30,7 @@ from sccvae.data import (
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
-from sccvae.model._transfer import UNKNOWN, TransferMixin
+from sccvae.model._transfer import TransferMixin
 from sccvae.module import Batch, adapt, anchored, grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
@@ -172,12 +172,7 @@ class MappingMixin(TransferMixin):
         if self.is_query:
             self._train_query(max_epochs, **options)
         else:
-            if self._label_codes() is not None and UNKNOWN in self.schema.classes.astype(str):
-                logger.warning(
-                    "A class of obs[%r] is called %r, as transfer_labels calls what no class is like. If these cells "
-                    "have no label, set up with unlabeled_category=%r.",
-                    *(self.schema.labels_key, UNKNOWN, UNKNOWN),
-                )
+            self._label_codes()  # labels that do not fit are named before the training
             super().train(max_epochs, **options)
 
     def _train_query(
