@@ -256,6 +256,19 @@ def test_states_that_are_not_there(arguments, error, message):
         trained("vae-nb").predict_perturbation(**arguments)
 
 
+def test_states_are_found_by_value():
+    """A column of whole numbers with a gap, once, is one of floats."""
+    adata = toy_counts()
+    adata.obs["treated"] = adata.obs["treated"].astype(float)
+    model = make(VAE, adata, setup={"batch_key": "treated"})
+    wanted = model.predict_perturbation(0.0, 1.0)
+    for source, target in ((0, 1), (np.int64(0), True), ("0.0", "1.0")):
+        pd.testing.assert_frame_equal(model.predict_perturbation(source, target), wanted)
+    for other in (2, None, [1]):
+        with pytest.raises(ValueError, match=r"No cell of the training data has obs\['treated'\] =="):
+            model.latent_delta(0, other)
+
+
 def test_arithmetic_needs_to_know_the_column():
     model = make(VAE, toy_counts(), setup={})
     with pytest.raises(ValueError, match="condition_key= is needed"):
