@@ -345,6 +345,12 @@ def test_keys_given_as_one_string(adata, name):
         make(adata, setup={name: "dose"})
 
 
+@pytest.mark.parametrize("name", ["batch_key", "labels_key", "size_factor_key"])
+def test_one_key_given_as_a_list(adata, name):
+    with pytest.raises(TypeError, match=rf"{name}=\['donor', 'x'\] must be the name of one column, as {name}='donor'"):
+        CVAE.setup_anndata(adata, **{name: ["donor", "x"]})
+
+
 @pytest.mark.parametrize(
     "setup",
     [

@@ -95,6 +95,53 @@ def test_latent_does_not_change_with_the_library_of_others():
     np.testing.assert_allclose(alone, model.get_latent_representation()[7:8], rtol=1e-4, atol=1e-5)
 
 
+def test_draws_one_by_one_have_the_mean_that_is_given_otherwise():
+    """(n_samples, cells, genes), as scvi-tools has it."""
+    model = trained("cvae-nb")
+    options = {"transform_batch": ["a", "b"], "gene_list": ["gene3", "gene1"], "n_samples": 5, "batch_size": 20}
+    draws = model.get_normalized_expression(return_mean=False, **options)
+    assert isinstance(draws, np.ndarray)
+    assert draws.shape == (5, 48, 2)
+    assert draws.dtype == np.float32
+    np.testing.assert_allclose(draws.mean(0), model.get_normalized_expression(**options), rtol=1e-5)
+    assert (draws.std(0) > 0).all()
+    one = model.get_normalized_expression(return_mean=False)
+    pd.testing.assert_frame_equal(one, model.get_normalized_expression())
+    with pytest.raises(ValueError, match=r"return_mean=False gives .* which out= does not take"):
+        model.get_normalized_expression(return_mean=False, n_samples=2, out=np.zeros((48, 12)))
+    for more in ({"return_mean": False, "n_samples": 2}, {"n_samples_overall": 3}):
+        with pytest.raises(ValueError, match="AE has a deterministic encoder"):
+            trained("ae").get_normalized_expression(**more)
+
+
+def test_draws_of_the_population():
+    model = trained("cvae-nb")
+    cells = [4, 5, 7]
+    table = model.get_normalized_expression(indices=cells, n_samples_overall=2000)
+    assert table.shape == (2000, 12)
+    assert table.index.value_counts().between(550, 780).all()
+    assert set(table.index) == set(model.adata.obs_names[cells])
+    wanted = model.get_normalized_expression(indices=cells, n_samples=2000, return_mean=False)
+    for name, draws in zip(model.adata.obs_names[cells], wanted.swapaxes(0, 1), strict=True):
+        np.testing.assert_allclose(table.loc[name].mean(), draws.mean(0), rtol=0.05)
+        np.testing.assert_allclose(table.loc[name].std(), draws.std(0), rtol=0.25)
+    with pytest.raises(ValueError, match="n_samples=2 and n_samples_overall=3: give one"):
+        model.get_normalized_expression(n_samples=2, n_samples_overall=3)
+    with pytest.raises(ValueError, match="n_samples_overall=0 must be at least 1"):
+        model.get_normalized_expression(n_samples_overall=0)
+
+
+def test_one_gene_as_a_string_and_a_progress_bar(capfd):
+    model = trained("cvae-nb")
+    one = model.get_normalized_expression(gene_list="gene3")
+    pd.testing.assert_frame_equal(one, model.get_normalized_expression(gene_list=["gene3"]))
+    with pytest.raises(ValueError, match=r"The model has no genes \['CD3D'\]"):
+        model.get_normalized_expression(gene_list="CD3D")
+    assert not capfd.readouterr().err
+    model.get_normalized_expression(silent=False)
+    assert "48/48" in capfd.readouterr().err
+
+
 def test_n_samples_average_over_the_posterior():
     model = trained("cvae-nb")
     mean = model.get_normalized_expression(return_numpy=True)

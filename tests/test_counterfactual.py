@@ -293,6 +293,23 @@ def test_draws_have_the_mean_of_the_model():
     assert isinstance(trained("vae-normal").posterior_predictive_sample(), np.ndarray)
 
 
+def test_several_draws_of_chosen_genes():
+    """(cells, genes, n_samples), as scvi-tools has it; the same seed gives the same."""
+    model = conditioned()
+    options = {"n_samples": 400, "gene_list": ["gene3", "gene1"], "condition": {"treated": 1}, "indices": [3, 8, 9]}
+    draws = model.posterior_predictive_sample(batch_size=2, **options)
+    assert draws.shape == (3, 2, 400)
+    assert draws.dtype == np.float32
+    wanted = model.predict_counterfactual(library_size="latent", return_numpy=True, **options)
+    np.testing.assert_allclose(draws.mean(-1), wanted, rtol=0.25)
+    np.testing.assert_array_equal(draws, model.posterior_predictive_sample(batch_size=2, **options))
+    assert (draws != model.posterior_predictive_sample(batch_size=2, seed=1, **options)).any()
+    one = model.posterior_predictive_sample(gene_list="gene3")
+    np.testing.assert_array_equal(one.toarray()[:, 0], model.posterior_predictive_sample().toarray()[:, 3])
+    with pytest.raises(ValueError, match="n_samples=0 must be at least 1"):
+        model.posterior_predictive_sample(n_samples=0)
+
+
 def test_check_by_hand():
     model = trained("cvae-nb")
     table = model.posterior_predictive_check(n_samples=30, batch_size=20, progress_bar=False)

@@ -57,8 +57,8 @@ def check_setup(
     Raises
     ------
     TypeError
-        If ``adata`` is no AnnData, keys were given as one string, a condition or the labels mix text with numbers or
-        hold neither (intervals, dates), or a covariate holds dates, durations or complex numbers.
+        If ``adata`` is no AnnData, keys were given as one string, or one key as a list, a condition or the labels mix
+        text with numbers or hold neither (intervals, dates), or a covariate holds dates, durations or complex numbers.
     KeyError
         If a layer or an ``obs`` column is missing.
     ValueError
@@ -99,6 +99,11 @@ def check_setup(
     ]:
         if isinstance(keys, str):
             msg = f"{name} must be a list; write {name}=[{keys!r}]."
+            raise TypeError(msg)
+    for name, key in [("batch_key", batch_key), ("labels_key", labels_key), ("size_factor_key", size_factor_key)]:
+        if np.ndim(key):
+            more = " Further conditions go into categorical_covariate_keys." if name == "batch_key" else ""
+            msg = f"{name}={key!r} must be the name of one column, as {name}={next(iter(key), 'batch')!r}.{more}"
             raise TypeError(msg)
     categorical = [batch_key, *(categorical_covariate_keys or ())]
     numerical = [size_factor_key, *(continuous_covariate_keys or ())]
