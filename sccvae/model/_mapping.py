@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import wraps
@@ -18,6 +19,7 @@ from scvi import REGISTRY_KEYS
 
 from sccvae.data import (
     CellStore,
+    DiskMatrix,
     MaskedStore,
     batch_moments,
     check_support,
@@ -237,7 +239,10 @@ class MappingMixin(TransferMixin):
         given = self._given(adata)
         if not self.is_query or (present := measured(given, self.schema)).all():
             return super()._store(adata, data)
-        cells = read_measured(given, self.schema, present)
+        known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is given else None
+        cells = read_measured(given, self.schema, present, data, known)
+        if isinstance(cells.x, DiskMatrix):
+            self._looked_at = weakref.ref(given), cells.x
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
         check_support(cells, self.module.likelihood.support, where)
         if self.schema.size_factor_key is not None:
