@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from sccvae.data import measured
 from sccvae.model._base import evaluating
-from sccvae.model._decoding import Change, DecodingMixin
+from sccvae.model._decoding import Change
+from sccvae.model._parameters import ParametersMixin
 from sccvae.nn import check_sizes
 
 #: What is compared, gene by gene.
 STATISTICS = ("mean", "variance", "zero_fraction")
 
 
-class PredictiveMixin(DecodingMixin):
+class PredictiveMixin(ParametersMixin):
     """Replicated cells, for models with a random latent variable."""
 
     def posterior_predictive_sample(
