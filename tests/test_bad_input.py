@@ -47,6 +47,39 @@ def test_a_condition_that_mixes_text_and_numbers(adata):
     works(make(adata, setup={"batch_key": "mixed"}))
 
 
+def test_labels_that_mix_text_and_numbers(adata):
+    """1 and "1" were two classes of one name."""
+    mixed = pd.Series([1, "1", np.nan, -1] * (N // 4), index=adata.obs_names, dtype=object)
+    adata.obs["mixed"] = mixed
+    with pytest.raises(TypeError, match=r"obs\['mixed'\] mixes text with .* 1 \(int\).*map\(str, na_action='ignore'\)"):
+        make(adata, setup={"batch_key": "batch", "labels_key": "mixed"})
+    adata.obs["mixed"] = mixed.map(str, na_action="ignore")  # what the message says
+    setup = {"batch_key": "batch", "labels_key": "mixed", "unlabeled_category": "-1"}
+    assert make(adata, setup=setup).schema.classes.tolist() == ["1"]
+    adata.obs["mixed"] = mixed.replace(1, "1")  # what stands for no label may be of another kind
+    assert make(adata, train=False, setup=setup | {"unlabeled_category": -1}).schema.classes.tolist() == ["1"]
+
+
+@pytest.mark.parametrize("name", ["Unknown", "unlabelled", "NA", "nan", "None", " ", "unassigned"])
+def test_a_class_that_reads_like_no_label(adata, name):
+    adata.obs["type"] = np.tile(["T", "B", name], N // 3)
+    setup = {"batch_key": "batch", "labels_key": "type"}
+    message = rf"obs\['type'\]: '{name}' \(16 cells\) counts as a class.*say so: `unlabeled_category='{name}'`"
+    for other in (None, name.swapcase(), "T cell"):
+        if other != name:  # " "
+            with pytest.warns(UserWarning, match=message) as caught:
+                CVAE.setup_anndata(adata, **setup, unlabeled_category=other)
+            assert caught[0].filename == __file__
+    CVAE.setup_anndata(adata, **setup, unlabeled_category=name)
+    assert CVAE(adata, **TINY).schema.classes.tolist() == ["B", "T"]
+    adata.obs["type"], setup["batch_key"] = np.tile(["T", "B", name, "t"], N // 4), "donor"
+    with pytest.warns(UserWarning, match=rf"'{name}' .* counts.*say so: `(.*)`") as caught:
+        CVAE.setup_anndata(adata, **setup, unlabeled_category="t")
+    exec(str(caught[0].message).split("`")[1])  # what the message says
+    CVAE.setup_anndata(adata, **setup, unlabeled_category="t")
+    assert CVAE(adata, **TINY).schema.classes.tolist() == ["B", "T"]
+
+
 def test_a_category_that_the_model_does_not_know(adata):
     model = make(adata, train=False)
     model.is_trained = True
@@ -234,6 +267,25 @@ def test_an_unused_category(adata):
 
 
 @pytest.mark.parametrize("key", ["batch_key", "categorical_covariate_keys"])
+def test_an_unused_category_is_not_learned(adata, key, tmp_path):
+    """A query that has it brings it, with weights of its own."""
+    adata.obs["k"] = pd.Categorical(np.tile(["b", "d"], N // 2), categories=["a", "b", "c", "d"])
+    model = make(adata, setup={key: "k" if key == "batch_key" else ["k"]})
+    assert model.schema.categories["k"].tolist() == ["b", "d"]
+    codes = adata.obs["_scvi_batch"] if key == "batch_key" else adata.obsm["_scvi_extra_categorical_covs"]["k"]
+    assert np.array_equal(codes, np.arange(N) % 2)
+    assert adata.obs["k"].cat.categories.tolist() == ["a", "b", "c", "d"]
+    model.save(tmp_path / "model")
+    loaded = CVAE.load(tmp_path / "model", adata)
+    assert (loaded.get_latent_representation() == model.get_latent_representation()).all()
+    query = adata.copy()
+    query.obs["k"] = "a"
+    mapped = loaded.load_query(query)
+    assert not mapped.is_trained
+    assert mapped.schema.categories["k"].tolist() == ["b", "d", "a"]
+
+
+@pytest.mark.parametrize("key", ["batch_key", "categorical_covariate_keys"])
 def test_an_unseen_category(adata, key):
     model = make(adata, setup={key: "batch" if key == "batch_key" else ["batch"]})
     other = adata.copy()
@@ -293,6 +345,12 @@ def test_keys_given_as_one_string(adata, name):
         make(adata, setup={name: "dose"})
 
 
+@pytest.mark.parametrize("name", ["batch_key", "labels_key", "size_factor_key"])
+def test_one_key_given_as_a_list(adata, name):
+    with pytest.raises(TypeError, match=rf"{name}=\['donor', 'x'\] must be the name of one column, as {name}='donor'"):
+        CVAE.setup_anndata(adata, **{name: ["donor", "x"]})
+
+
 @pytest.mark.parametrize(
     "setup",
     [
@@ -323,6 +381,46 @@ def test_a_covariate_that_is_not_numeric(adata):
         match=r"obs\['stage'\] must hold finite numbers; 48 of 48 cells do not \(first: early in cell 'cell0'",
     ):
         make(adata, setup={"continuous_covariate_keys": ["stage"]})
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (pd.to_datetime(["2024-01-01", None] * 24), "holds dates"),
+        (pd.to_datetime(["2024-01-01", "2024-01-03"] * 24).tz_localize("UTC"), "holds dates"),
+        (pd.to_timedelta(["1d", None] * 24), "holds durations"),
+        (np.array([1 + 2j, 1] * 24), "holds complex numbers"),
+    ],
+)
+def test_covariates_that_are_no_numbers(adata, values, what):
+    adata.obs["when"] = values
+    setup = {"batch_key": "batch", "continuous_covariate_keys": ["when"]}
+    with pytest.raises(TypeError, match=rf"obs\['when'\] {what}, and numbers are needed: `.*`") as caught:
+        make(adata, setup=setup)
+    exec(str(caught.value).split("`")[1])  # what the message says
+    if adata.obs["when"].isna().any():
+        with pytest.raises(ValueError, match="24 of 48 cells do not"):
+            make(adata, setup=setup)
+    else:
+        works(make(adata, setup=setup))
+
+
+def test_a_covariate_that_varies_in_digits_that_are_lost(adata):
+    setup = {"batch_key": "batch", "continuous_covariate_keys": ["when"]}
+    adata.obs["when"] = 1.7e9 + np.arange(N) % 10
+    with pytest.warns(UserWarning, match=r"obs\['when'\] varies by 2\.8\d around 1.7e\+09.*Subtract") as caught:
+        CVAE.setup_anndata(adata, **setup)
+    assert caught[0].filename == __file__
+    exec(str(caught[0].message).split("`")[1])  # what the message says
+    CVAE.setup_anndata(adata, **setup)
+    assert float(CVAE(adata, **TINY).module.conditions.spread) == pytest.approx(adata.obs["when"].std(ddof=0))
+    for fine in (
+        np.full(N, 1.7e9 + 1),
+        np.arange(N) * 86400.0 + 1.7e9,
+        np.float32(0.1) + np.float32(1e-8) * np.arange(N),
+    ):
+        adata.obs["when"] = fine
+        CVAE.setup_anndata(adata, **setup)
 
 
 def test_nan_in_a_covariate(adata):

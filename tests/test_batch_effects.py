@@ -16,7 +16,7 @@ from sklearn.linear_model import PoissonRegressor
 
 from sccvae import model as models
 from sccvae._rows import SparseRows
-from sccvae.data import Cells, CellStore, batch_moments
+from sccvae.data import Cells, CellStore, batch_moments, zero_share
 from sccvae.distributions import ZINB, NegativeBinomial, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
@@ -866,13 +866,27 @@ def test_a_kind_that_is_rare_in_a_batch_has_counterparts_there(seed):
     assert effects._shared(z, batch, 2, effects._members(np.zeros(1000, int), 1))[many].mean() < 0.25
 
 
-def test_every_batch_is_looked_at_whatever_the_order_of_the_cells(monkeypatch):
-    monkeypatch.setattr(effects, "MOST_CELLS", 100)
+def test_every_batch_is_looked_at_whatever_the_order_of_the_cells():
     for batch in (np.arange(400) % 4, np.arange(400) // 100):
-        rows = effects._some(batch)
+        rows = store_of(np.zeros((400, 1)), batch).some_rows(100)
         assert (np.bincount(batch[rows]) == 25).all()
         assert (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(effects._some(np.arange(90) % 2), np.arange(90))
+    np.testing.assert_array_equal(store_of(np.zeros((90, 1)), np.arange(90) % 2).some_rows(100), np.arange(90))
+
+
+def test_moments_and_zeros_do_not_depend_on_the_order_of_the_cells():
+    """Batches in turn: of every other cell all would be of one batch."""
+    rng = np.random.default_rng(0)
+    n, theta = 40_000, np.array([15.0, 0.5])
+    for batch in (np.arange(n) % 2, rng.permutation(np.arange(n) % 2)):
+        x = rng.poisson(20 * rng.gamma(theta[batch], 1 / theta[batch], size=(2, n)).T)
+        x[batch == 1] *= rng.random((n // 2, 2)) < 0.2
+        store = store_of(x.astype(np.float32), batch)
+        store.cells.library = np.full((n, 1), 60, np.float32)
+        assert zero_share(store) == pytest.approx((x == 0).mean(), abs=0.05)
+        found = batch_moments(store, 2, zeros=False)[1]
+        np.testing.assert_allclose(found[0], theta[0], rtol=0.2)
+        assert (found[1] < 0.5).all()
 
 
 def test_discrepancy_within_kinds_is_its_definition():

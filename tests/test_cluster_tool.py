@@ -132,6 +132,7 @@ def test_results_do_not_take_the_place_of_what_the_model_reads(cells, trained, m
     options = {
         "batch_key": "condition",
         "labels_key": "some",
+        "unlabeled_category": "Unknown",
         "size_factor_key": lost if lost.startswith("size") else None,
         "categorical_covariate_keys": ["plate"],
         "continuous_covariate_keys": ["age"],

@@ -95,6 +95,53 @@ def test_latent_does_not_change_with_the_library_of_others():
     np.testing.assert_allclose(alone, model.get_latent_representation()[7:8], rtol=1e-4, atol=1e-5)
 
 
+def test_draws_one_by_one_have_the_mean_that_is_given_otherwise():
+    """(n_samples, cells, genes), as scvi-tools has it."""
+    model = trained("cvae-nb")
+    options = {"transform_batch": ["a", "b"], "gene_list": ["gene3", "gene1"], "n_samples": 5, "batch_size": 20}
+    draws = model.get_normalized_expression(return_mean=False, **options)
+    assert isinstance(draws, np.ndarray)
+    assert draws.shape == (5, 48, 2)
+    assert draws.dtype == np.float32
+    np.testing.assert_allclose(draws.mean(0), model.get_normalized_expression(**options), rtol=1e-5)
+    assert (draws.std(0) > 0).all()
+    one = model.get_normalized_expression(return_mean=False)
+    pd.testing.assert_frame_equal(one, model.get_normalized_expression())
+    with pytest.raises(ValueError, match=r"return_mean=False gives .* which out= does not take"):
+        model.get_normalized_expression(return_mean=False, n_samples=2, out=np.zeros((48, 12)))
+    for more in ({"return_mean": False, "n_samples": 2}, {"n_samples_overall": 3}):
+        with pytest.raises(ValueError, match="AE has a deterministic encoder"):
+            trained("ae").get_normalized_expression(**more)
+
+
+def test_draws_of_the_population():
+    model = trained("cvae-nb")
+    cells = [4, 5, 7]
+    table = model.get_normalized_expression(indices=cells, n_samples_overall=2000)
+    assert table.shape == (2000, 12)
+    assert table.index.value_counts().between(550, 780).all()
+    assert set(table.index) == set(model.adata.obs_names[cells])
+    wanted = model.get_normalized_expression(indices=cells, n_samples=2000, return_mean=False)
+    for name, draws in zip(model.adata.obs_names[cells], wanted.swapaxes(0, 1), strict=True):
+        np.testing.assert_allclose(table.loc[name].mean(), draws.mean(0), rtol=0.05)
+        np.testing.assert_allclose(table.loc[name].std(), draws.std(0), rtol=0.25)
+    with pytest.raises(ValueError, match="n_samples=2 and n_samples_overall=3: give one"):
+        model.get_normalized_expression(n_samples=2, n_samples_overall=3)
+    with pytest.raises(ValueError, match="n_samples_overall=0 must be at least 1"):
+        model.get_normalized_expression(n_samples_overall=0)
+
+
+def test_one_gene_as_a_string_and_a_progress_bar(capfd):
+    model = trained("cvae-nb")
+    one = model.get_normalized_expression(gene_list="gene3")
+    pd.testing.assert_frame_equal(one, model.get_normalized_expression(gene_list=["gene3"]))
+    with pytest.raises(ValueError, match=r"The model has no genes \['CD3D'\]"):
+        model.get_normalized_expression(gene_list="CD3D")
+    assert not capfd.readouterr().err
+    model.get_normalized_expression(silent=False)
+    assert "48/48" in capfd.readouterr().err
+
+
 def test_n_samples_average_over_the_posterior():
     model = trained("cvae-nb")
     mean = model.get_normalized_expression(return_numpy=True)
@@ -282,3 +329,72 @@ def test_size_factors_are_scaled_to_counts():
         own[:10].sum(1) / 2,
         rtol=1e-3,
     )
+
+
+# Parameters of the counts, under scvi-tools' names
+
+
+@pytest.mark.parametrize("name", ["cvae-zinb", "cvae-gene-batch", "vae-poisson", "vae-nb"])
+def test_parameters_of_the_likelihood(name):
+    """Those of which the likelihood of the draws is made, so that mean and variance of its counts follow."""
+    model = trained(name)
+    found = model.get_likelihood_parameters(batch_size=20)
+    of = {"cvae-zinb": ["mean", "dispersions", "dropout"], "vae-poisson": ["mean"]}
+    assert list(found) == of.get(name, ["mean", "dispersions"])
+    assert all(v.shape == (48, 12) and v.dtype == np.float32 for v in found.values())
+    np.testing.assert_allclose(found["mean"].sum(1, keepdims=True), totals(model.adata), rtol=1e-4)
+    many = model.get_likelihood_parameters(n_samples=50, indices=[3, 9])
+    assert all(v.shape == (50, 2, 12) for v in many.values())
+    mean = model.get_likelihood_parameters(n_samples=50, indices=[3, 9], give_mean=True)
+    for key, value in mean.items():
+        np.testing.assert_allclose(value, many[key].mean(0), rtol=1e-4)
+    mu, theta, dropout = many["mean"], many.get("dispersions", np.inf), many.get("dropout", 0.0)
+    first, second = (1 - dropout) * mu, (1 - dropout) * (mu + mu**2 / theta + mu**2)
+    x = model.posterior_predictive_sample(n_samples=8000, indices=[3, 9])
+    np.testing.assert_allclose(x.mean(-1), first.mean(0), rtol=0.15, atol=0.05)
+    np.testing.assert_allclose((x**2).mean(-1), second.mean(0), rtol=0.5, atol=0.5)
+    order = model.adata[:, ::-1].copy()
+    np.testing.assert_allclose(model.get_likelihood_parameters(order)["mean"], found["mean"][:, ::-1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["spearman", "pearson"])
+@pytest.mark.parametrize("name", ["cvae-zinb", "cvae-poisson"])
+def test_correlation_of_genes(name, kind):
+    """scvi-tools' definition, with numpy's gamma: shape theta, mean 1,000 times the proportion."""
+    model = trained(name)
+    batches = ["a", "b"]
+    table = model.get_feature_correlation_matrix(transform_batch=batches, n_samples=40, correlation_type=kind)
+    assert list(table.index) == list(table.columns) == list(model.adata.var_names)
+    np.testing.assert_allclose(np.diag(table), 1)
+    rng, wanted = np.random.default_rng(0), []
+    theta = model.get_likelihood_parameters(n_samples=40).get("dispersions")  # of genes alone here
+    for batch in batches:
+        rate = model.get_normalized_expression(
+            transform_batch=batch, library_size=1000, n_samples=40, return_mean=False, return_numpy=True
+        )
+        rate = rate if theta is None else rng.gamma(theta, rate / theta)
+        wanted.append(pd.DataFrame(rate.reshape(-1, 12)).corr(kind))
+    np.testing.assert_allclose(table, np.mean(wanted, axis=0), atol=0.08)
+    mirrored = model.get_feature_correlation_matrix(model.adata[:, ::-1].copy(), n_samples=2, correlation_type=kind)
+    assert list(mirrored.columns) == list(model.adata.var_names[::-1])
+    with pytest.raises(ValueError, match="correlation_type='kendall' must be 'spearman' or 'pearson'"):
+        model.get_feature_correlation_matrix(correlation_type="kendall")
+
+
+def test_library_sizes():
+    model = trained("cvae-nb")
+    np.testing.assert_array_equal(model.get_latent_library_size(), totals(model.adata))
+    np.testing.assert_array_equal(model.get_latent_library_size(indices=[5, 2]), totals(model.adata)[[5, 2]])
+    sized = make(CVAE, toy_counts(), setup={"batch_key": "batch", "size_factor_key": "size"})
+    np.testing.assert_allclose(sized.get_latent_library_size(), totals(sized.adata), rtol=1e-5)
+
+
+def test_values_that_are_no_counts_have_no_such_parameters():
+    model = trained("vae-normal")
+    for call in (
+        model.get_likelihood_parameters,
+        model.get_feature_correlation_matrix,
+        model.get_latent_library_size,
+    ):
+        with pytest.raises(ValueError, match=rf"{call.__name__} is of models of counts .*; this one is Normal"):
+            call()

@@ -256,6 +256,19 @@ def test_states_that_are_not_there(arguments, error, message):
         trained("vae-nb").predict_perturbation(**arguments)
 
 
+def test_states_are_found_by_value():
+    """A column of whole numbers with a gap, once, is one of floats."""
+    adata = toy_counts()
+    adata.obs["treated"] = adata.obs["treated"].astype(float)
+    model = make(VAE, adata, setup={"batch_key": "treated"})
+    wanted = model.predict_perturbation(0.0, 1.0)
+    for source, target in ((0, 1), (np.int64(0), True), ("0.0", "1.0")):
+        pd.testing.assert_frame_equal(model.predict_perturbation(source, target), wanted)
+    for other in (2, None, [1]):
+        with pytest.raises(ValueError, match=r"No cell of the training data has obs\['treated'\] =="):
+            model.latent_delta(0, other)
+
+
 def test_arithmetic_needs_to_know_the_column():
     model = make(VAE, toy_counts(), setup={})
     with pytest.raises(ValueError, match="condition_key= is needed"):
@@ -278,6 +291,23 @@ def test_draws_have_the_mean_of_the_model():
     with pytest.raises(ValueError, match=r"shift has shape \(3,\); it must be 2 finite"):
         model.posterior_predictive_sample(shift=np.zeros(3))
     assert isinstance(trained("vae-normal").posterior_predictive_sample(), np.ndarray)
+
+
+def test_several_draws_of_chosen_genes():
+    """(cells, genes, n_samples), as scvi-tools has it; the same seed gives the same."""
+    model = conditioned()
+    options = {"n_samples": 400, "gene_list": ["gene3", "gene1"], "condition": {"treated": 1}, "indices": [3, 8, 9]}
+    draws = model.posterior_predictive_sample(batch_size=2, **options)
+    assert draws.shape == (3, 2, 400)
+    assert draws.dtype == np.float32
+    wanted = model.predict_counterfactual(library_size="latent", return_numpy=True, **options)
+    np.testing.assert_allclose(draws.mean(-1), wanted, rtol=0.25)
+    np.testing.assert_array_equal(draws, model.posterior_predictive_sample(batch_size=2, **options))
+    assert (draws != model.posterior_predictive_sample(batch_size=2, seed=1, **options)).any()
+    one = model.posterior_predictive_sample(gene_list="gene3")
+    np.testing.assert_array_equal(one.toarray()[:, 0], model.posterior_predictive_sample().toarray()[:, 3])
+    with pytest.raises(ValueError, match="n_samples=0 must be at least 1"):
+        model.posterior_predictive_sample(n_samples=0)
 
 
 def test_check_by_hand():

@@ -20,6 +20,7 @@ from sccvae.data import (
     ChunkLoader,
     Schema,
     check_support,
+    is_label,
     match,
     read_cells,
     split_indices,
@@ -238,9 +239,25 @@ def test_values_are_matched_by_value_then_by_text(known, values, codes):
     assert match(np.array(known), pd.Series(values, dtype=object)).tolist() == codes
 
 
+@pytest.mark.parametrize(
+    ("values", "unlabeled", "labels"),
+    [
+        ([-1, 0, 1], -1.0, [False, True, True]),
+        ([-1.0, np.nan, 1.0], -1, [False, False, True]),
+        ([-1, 0, 1], "-1", [False, True, True]),
+        (["Unknown", None, "unknown"], "Unknown", [False, False, True]),
+        (["a", None, "b"], None, [True, False, True]),
+    ],
+)
+def test_what_stands_for_no_label_is_matched_by_value(values, unlabeled, labels):
+    for dtype in (None, object, "category"):
+        assert is_label(pd.Series(values, dtype=dtype), unlabeled).tolist() == labels
+
+
 def test_a_missing_label_is_not_a_class_of_that_name(adata):
     adata.obs["type"] = pd.Series(["nan", "None", None, np.nan] * 12, index=adata.obs_names, dtype=object)
-    CVAE.setup_anndata(adata, batch_key="donor", labels_key="type")
+    with pytest.warns(UserWarning, match="'nan' .12 cells. counts as a class"):
+        CVAE.setup_anndata(adata, batch_key="donor", labels_key="type")
     schema = CVAE(adata, n_latent=2, n_hidden=4).schema
     assert schema.classes.tolist() == ["None", "nan"]
     assert schema.label_codes(adata.obs["type"])[:4].tolist() == [1, 0, -1, -1]

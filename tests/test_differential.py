@@ -59,8 +59,13 @@ def test_groups_without_a_difference(planted):
     assert not table["is_de_fdr_0.05"].any()
 
 
+PARTED = r"'a vs b'.*no obs\['batch'\] in common.*pass batch_correction=False"
+
+
 def test_a_difference_of_batches_is_none_of_groups(planted):
-    table = planted.differential_expression(groupby="batch", group1="a", group2="b", **QUIET)
+    with pytest.warns(UserWarning, match=PARTED) as caught:
+        table = planted.differential_expression(groupby="batch", group1="a", group2="b", **QUIET)
+    assert caught[0].filename == __file__
     assert table["is_de_fdr_0.05"].mean() < 0.01  # the shares of the types differ a little
     own = planted.differential_expression(groupby="batch", group1="a", group2="b", batch_correction=False, **QUIET)
     assert own["is_de_fdr_0.05"].mean() > 0.2
@@ -120,7 +125,8 @@ def test_dropout_of_a_batch_is_none_of_groups():
     CVAE.setup_anndata(adata, batch_key="batch")
     model = CVAE(adata, likelihood="zinb", n_latent=4, n_hidden=32)
     model.train(40, progress_bar=False, accelerator="cpu", lr=4e-3)
-    table = model.differential_expression(groupby="batch", group1="a", group2="b", **QUIET).loc[adata.var_names]
+    with pytest.warns(UserWarning, match=PARTED):
+        table = model.differential_expression(groupby="batch", group1="a", group2="b", **QUIET).loc[adata.var_names]
     assert not table["is_de_fdr_0.05"].any()
     assert abs(table["lfc_raw"][:20].mean() - table["lfc_raw"][20:].mean()) < 0.3  # 1 in the counts
 
@@ -280,6 +286,8 @@ def test_the_same_seed_gives_the_same_table():
         ({"groupby": "donor", "mode": "t-test"}, ValueError, "choose 'change' or 'vanilla'"),
         ({"groupby": "donor", "fdr_target": 5}, ValueError, "fdr_target=5 must lie between 0 and 1"),
         ({"groupby": "donor", "delta": -1}, ValueError, "delta=-1 must not be negative"),
+        ({"groupby": "donor", "delta": None}, TypeError, r"delta=None must be a number.*delta=0\.5.*none is estimated"),
+        ({"groupby": "donor", "fdr_target": "x"}, TypeError, r"fdr_target='x' must be a number"),
     ],
 )
 def test_bad_input_is_named(options, error, message):
@@ -294,6 +302,66 @@ def test_no_batch_to_correct_for():
     alone.adata.obs["one"] = "x"
     with pytest.raises(ValueError, match="has 1 group: differential expression compares two"):
         alone.differential_expression(groupby="one")
+
+
+def test_groups_without_a_common_batch_are_said():
+    """Groups that share one are compared without a word, as test warnings are errors."""
+    model = trained("cvae-nb")
+    adata, options = model.adata.copy(), {"n_samples_overall": 10, **QUIET}
+    adata.obs["within"] = adata.obs["batch"] + adata.obs["treated"].astype(str)
+    for others in (None, "a1"):
+        model.differential_expression(adata, "within", "a0", others, **options)
+    with pytest.warns(UserWarning, match="'a0 vs b0': the two groups have no"):
+        model.differential_expression(adata, "within", "a0", "b0", **options)
+    with pytest.warns(UserWarning, match="'a0 vs b0' and 1 more: the two groups"):
+        model.differential_expression(adata, "within", ["a0", "a1"], "b0", **options)
+    model.differential_expression(adata, "within", "a0", "b0", batch_correction=False, **options)
+    trained("vae-nb").differential_expression(adata, "within", "a0", "b0", **options)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, np.nan], [1, 2, None], ["1", "2", None]])
+@pytest.mark.parametrize("dtype", [None, object, "category"])
+def test_groups_are_found_by_value(values, dtype):
+    model = trained("vae-nb")
+    adata = model.adata.copy()
+    adata.obs["number"] = pd.Series(values * 16, index=adata.obs_names, dtype=dtype)
+    options = {"n_samples_overall": 10, **QUIET}
+    wanted = model.differential_expression(idx1=np.arange(0, 48, 3), idx2=np.arange(1, 48, 3), **options)
+    for group1, group2 in ((1, 2), (1, None), ([1], 2), (values[0], values[1])):
+        table = model.differential_expression(adata, "number", group1, group2, **options)
+        pd.testing.assert_frame_equal(table.iloc[:, :-3], wanted.iloc[:, :-3])
+    assert float(table["group1"].iloc[0]) == 1
+
+
+@pytest.mark.parametrize("mode", ["change", "vanilla"])
+def test_genes_that_are_equally_sure_stand_by_their_error(planted, mode):
+    """Of genes of which no draw lies on the other side, that first which is most errors away; also of few draws."""
+    options = {"groupby": "type", "group1": "t1", "group2": "t0", "mode": mode, **QUIET}
+    table = planted.differential_expression(n_samples_overall=200, **options)
+    proba = table["proba_de" if mode == "change" else "proba_m1"]
+    assert proba.is_monotonic_decreasing
+    sure = table[proba == 1].index
+    assert len(sure) > 10
+    exact = planted.differential_expression(n_samples_overall=200, **(options | {"mode": "change"})).loc[sure]
+    far = (exact["lfc_mean"].abs() - exact["delta"]) if mode == "change" else exact["lfc_mean"]
+    assert (far / exact["lfc_std"]).is_monotonic_decreasing
+    if mode == "change":  # many draws agree
+        many = planted.differential_expression(n_samples_overall=20_000, **options)
+        assert many["proba_de"].loc[sure[:5]].min() >= many["proba_de"].loc[sure[-5:]].max()
+
+
+def test_every_group_beside_the_rest_is_as_each_alone():
+    """Sums are taken part by part, the parts of a group added."""
+    model = trained("vae-nb")
+    adata = model.adata.copy()
+    adata.obs["group"] = [f"g{i}" for i in np.random.default_rng(0).permutation(48) // 12]
+    options = {"pseudocounts": 1e-9, "n_samples_overall": 10, **QUIET}
+    every = model.differential_expression(adata, "group", **options)
+    for name, table in every.groupby("group1"):
+        alone = model.differential_expression(adata, "group", name, **options).loc[table.index]
+        for column in ("raw_mean1", "raw_mean2", "non_zeros_proportion2", "raw_normalized_mean2"):
+            np.testing.assert_allclose(table[column], alone[column], rtol=1e-6)
+        np.testing.assert_allclose(table["scale2"], alone["scale2"], rtol=0.2)
 
 
 def test_few_cells_are_said():

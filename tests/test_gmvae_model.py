@@ -374,6 +374,13 @@ def test_a_guide_is_a_column_or_an_array():
     taught = make(adata, setup={"labels_key": "class"}, train=False)
     named = np.array(["new", "E"], dtype=object)[codes % 2]  # classes come first, in their order
     np.testing.assert_array_equal(taught._guide_labels(named), np.where(codes % 2, 4, 5))
+    adata.obs["number"] = codes.astype(int)
+    numbered = make(adata, setup={"labels_key": "number"}, train=False)
+    for guide in (codes.astype(float), codes.astype(str), list(codes)):  # the same classes, by value
+        np.testing.assert_array_equal(numbered._guide_labels(guide), codes)
+    np.testing.assert_array_equal(
+        numbered._guide_labels(np.where(codes == 2, 7.5, holes)), np.where(codes == 2, 5, codes)
+    )
 
 
 def test_guides_that_cannot_be_used_raise():

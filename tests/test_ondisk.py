@@ -293,6 +293,30 @@ def test_layer_size_factor_and_genes_in_another_file(tmp_path, small_blocks):
     assert isinstance(other.layers["counts"], ad.abc.CSRDataset)
 
 
+@pytest.mark.parametrize("size_factor_key", [None, "size"])
+def test_a_query_that_lacks_genes_stays_on_disk(size_factor_key, tmp_path, small_blocks, monkeypatch):
+    """Mapped alike from a file, looked at once, and trained in blocks where that is asked for."""
+    setup = {"batch_key": "batch", "size_factor_key": size_factor_key}
+    reference = make(CVAE, toy_counts(), setup=setup)
+    cells = toy_counts(seed=3)[:, [7, 0, 3, 2, 11, 5, 9, 10]].copy()
+    cells.obs["batch"] = "new"
+    looked = []
+    monkeypatch.setattr("sccvae.data.ondisk.survey", lambda *args, **kw: looked.append(1) or survey(*args, **kw))
+    queries = [reference.load_query(c) for c in (cells, on_disk(cells, "h5ad", tmp_path))]
+    for query in queries:
+        query.train(max_epochs=2, batch_size=16, accelerator="cpu", progress_bar=False)
+    in_memory, from_disk = queries
+    assert (from_disk.get_latent_representation() == in_memory.get_latent_representation()).all()
+    assert (from_disk.get_normalized_expression() == in_memory.get_normalized_expression()).all(axis=None)
+    assert isinstance(from_disk._store(None).cells.x, DiskMatrix)
+    assert isinstance(from_disk._training_store("memory").cells.x, sparse.csr_matrix)
+    assert looked == [1]
+    from_disk.train(max_epochs=2, batch_size=16, data="disk", accelerator="cpu", progress_bar=False)
+    np.testing.assert_allclose(from_disk.get_elbo(), in_memory.get_elbo(), rtol=0.1)
+    with pytest.raises(ValueError, match="data='nonsense' must be 'auto', 'disk' or 'memory'"):
+        in_memory.train(max_epochs=2, data="nonsense")
+
+
 def test_a_resumed_training_from_disk_equals_an_uninterrupted_one(tmp_path, small_blocks):
     other = on_disk(toy_counts(), "backed", tmp_path)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 
-def is_label(column: pd.Series, unlabeled_category: str | None) -> np.ndarray:
+def is_label(column: pd.Series, unlabeled_category: Any) -> np.ndarray:
     """Which values of a column are labels.
 
     Parameters
@@ -14,14 +16,16 @@ def is_label(column: pd.Series, unlabeled_category: str | None) -> np.ndarray:
     column
         Values, (n,).
     unlabeled_category
-        Value that stands for no label, or None.
+        Value that stands for no label, or None; it is found as :func:`match` finds it.
 
     Returns
     -------
     (n,) bool; false for what is missing, and for ``unlabeled_category``.
     """
     known = column.notna().to_numpy()
-    return known if unlabeled_category is None else known & (column.astype(str) != str(unlabeled_category)).to_numpy()
+    if unlabeled_category is None:
+        return known
+    return known & (match(np.array([unlabeled_category], dtype=object), column) < 0)
 
 
 def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
@@ -46,7 +50,7 @@ def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
 
 
 def check_plain(column: pd.Series) -> None:
-    """Refuse categories that cannot be saved with a model, as the intervals of ``pd.cut``.
+    """Refuse categories that cannot be saved with a model, as the intervals of ``pd.cut``, or not be sorted.
 
     Parameters
     ----------
@@ -56,13 +60,19 @@ def check_plain(column: pd.Series) -> None:
     Raises
     ------
     TypeError
-        If a value is neither text nor a number.
+        If a value is neither text nor a number, or some are text and others numbers: 1 and "1" would be two categories
+        of one name.
     """
-    other = [v for v in column.dropna().unique() if not isinstance(v, str | bool | int | float | np.generic)]
+    values = column.dropna().unique()
+    numbers = [v for v in values if not isinstance(v, str)]
+    other = [v for v in numbers if not isinstance(v, bool | int | float | np.generic)]
+    at = f"adata.obs[{column.name!r}]"
+    text = "map(str, na_action='ignore')" if column.hasnans else "astype(str)"  # which makes text of what is missing
+    cure = f"Make all of them text: `{at} = {at}.{text}`."
     if other:
-        at = f"adata.obs[{column.name!r}]"
-        msg = (
-            f"{at} holds {other[0]!r} ({type(other[0]).__name__}), which is neither text nor a number. Make all of "
-            f"them text: `{at} = {at}.astype(str)`."
-        )
+        msg = f"{at} holds {other[0]!r} ({type(other[0]).__name__}), which is neither text nor a number. {cure}"
+        raise TypeError(msg)
+    if 0 < len(numbers) < len(values):
+        what = f"{numbers[0]!r} ({type(numbers[0]).__name__})"
+        msg = f"{at} mixes text with values such as {what}, which cannot be sorted. {cure}"
         raise TypeError(msg)

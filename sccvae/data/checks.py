@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,16 @@ from sccvae.data.confounding import confounding
 #: simulated cells 0.88, 0.79 and 0.64 of the neighbours are of the same type with 5,000, 8,000 and 15,000 genes (in
 #: principal components 0.91 each), and 0.97 with the 2,000 most variable of 15,000.
 GENES_A_CELL, MANY_GENES = 5, 4_000
+#: Names of classes that mostly mean that there is none.
+NO_LABEL = ("unknown", "unlabeled", "unlabelled", "unassigned", "na", "n/a", "nan", "none", "")
+#: Share of its largest value that a covariate must vary by; below it, a model takes it for constant.
+SMALLEST_SPREAD = 1e-6
+#: Kinds of numpy's dtypes that are no numbers, or two: what they are, and how to make numbers of them.
+NO_NUMBERS = {
+    "M": ("dates", "({at} - {at}.min()).dt.total_seconds() / 86400"),
+    "m": ("durations", "{at}.dt.total_seconds()"),
+    "c": ("complex numbers", "{at}.map(abs)"),
+}
 
 
 def check_setup(
@@ -46,8 +57,8 @@ def check_setup(
     Raises
     ------
     TypeError
-        If ``adata`` is no AnnData, keys were given as one string, or a condition mixes text with numbers or holds
-        neither (intervals, dates).
+        If ``adata`` is no AnnData, keys were given as one string, or one key as a list, a condition or the labels mix
+        text with numbers or hold neither (intervals, dates), or a covariate holds dates, durations or complex numbers.
     KeyError
         If a layer or an ``obs`` column is missing.
     ValueError
@@ -57,7 +68,8 @@ def check_setup(
     -----
     UserWarning
         If a categorical covariate or the labels cannot be told from the batch; see :func:`confounding`. If there are
-        many genes for so few cells.
+        many genes for so few cells. If a class is called as if it were none ("Unknown"), and if a covariate varies too
+        little for its size.
     """
     if not isinstance(adata, AnnData):
         msg = f"adata must be an AnnData object, not {type(adata).__name__}."
@@ -88,6 +100,11 @@ def check_setup(
         if isinstance(keys, str):
             msg = f"{name} must be a list; write {name}=[{keys!r}]."
             raise TypeError(msg)
+    for name, key in [("batch_key", batch_key), ("labels_key", labels_key), ("size_factor_key", size_factor_key)]:
+        if np.ndim(key):
+            more = " Further conditions go into categorical_covariate_keys." if name == "batch_key" else ""
+            msg = f"{name}={key!r} must be the name of one column, as {name}={next(iter(key), 'batch')!r}.{more}"
+            raise TypeError(msg)
     categorical = [batch_key, *(categorical_covariate_keys or ())]
     numerical = [size_factor_key, *(continuous_covariate_keys or ())]
     for key in filter(None, [*categorical, labels_key, *numerical]):
@@ -105,27 +122,24 @@ def check_setup(
             )
             raise ValueError(msg)
         check_plain(adata.obs[key])
-        other = [v for v in adata.obs[key].unique() if not isinstance(v, str)]
-        if 0 < len(other) < adata.obs[key].nunique():
-            msg = (
-                f"adata.obs[{key!r}] mixes text with values such as {other[0]!r} ({type(other[0]).__name__}), which "
-                f"cannot be sorted. Make all of them text: `adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)`."
-            )
-            raise TypeError(msg)
     if unlabeled_category is not None and labels_key is None:
         msg = f"unlabeled_category={unlabeled_category!r} needs labels_key, the obs column that it stands in."
         raise ValueError(msg)
     if labels_key is not None:
-        check_plain(adata.obs[labels_key])
-        if not is_label(adata.obs[labels_key], unlabeled_category).any():
+        labels = is_label(adata.obs[labels_key], unlabeled_category)
+        check_plain(adata.obs[labels_key].where(labels))
+        if not labels.any():
             n = adata.obs[labels_key].count()
             msg = (
                 f"adata.obs[{labels_key!r}] has no label at all: {n} of {adata.n_obs} cells are "
                 f"{unlabeled_category!r}, the others NaN. Leave labels_key out."
             )
             raise ValueError(msg)
+        _warn_of_no_labels(adata.obs[labels_key], unlabeled_category)
     for key in filter(None, numerical):
-        numeric_column(adata.obs[key], positive=key == size_factor_key)
+        values = numeric_column(adata.obs[key], positive=key == size_factor_key)
+        if key != size_factor_key:
+            _warn_of_lost_digits(adata.obs[key], values)
     if adata.n_vars > max(MANY_GENES, GENES_A_CELL * adata.n_obs):
         msg = (
             f"adata has {adata.n_vars} genes and {adata.n_obs} cells: networks learn so few cells by heart, and lose "
@@ -161,15 +175,53 @@ def _warn_of_confounding(
         warnings.warn("\n".join(found), UserWarning, stacklevel=4)
 
 
+def _warn_of_no_labels(column: pd.Series, unlabeled_category: Any) -> None:
+    """Say which class reads like no label at all."""
+    labels = column[is_label(column, unlabeled_category)]
+    taken = unlabeled_category is not None and len(labels) < column.count()  # some cells have that value
+    alike = NO_LABEL if taken else (*NO_LABEL, str(unlabeled_category).casefold())
+    found = [value for value in labels.unique() if str(value).strip().casefold() in alike]
+    if found:
+        at, name = f"adata.obs[{column.name!r}]", found[0]
+        cure = f"`{at} = {at}.where({at} != {name!r})`" if taken else f"`unlabeled_category={name!r}`"
+        msg = (
+            f"{at}: {name!r} ({int((labels == name).sum())} cells) counts as a class like any other. If these cells "
+            f"have no label, say so: {cure}."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=4)
+
+
+def _warn_of_lost_digits(column: pd.Series, values: np.ndarray) -> None:
+    """Say which covariate, its ``values`` (n,) float32, varies in digits that are lost."""
+    exact = pd.to_numeric(column).to_numpy(dtype=np.float64)
+    largest, spread = np.abs(exact).max(), exact.std()
+    if (values != exact).any() and 1e-12 * largest < spread <= SMALLEST_SPREAD * largest:
+        at = f"adata.obs[{column.name!r}]"
+        msg = (
+            f"{at} varies by {spread:.3g} around {exact.mean():.6g}, too little for numbers of seven digits: the model "
+            f"takes it for constant. Subtract what all cells have in common: `{at} = {at} - {at}.mean()`."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=4)
+
+
 def numeric_column(column: pd.Series, *, positive: bool = False) -> np.ndarray:
     """A column of ``obs`` as finite float32 numbers (n,); else an error that names the column.
 
     Raises
     ------
+    TypeError
+        If the values are dates, durations or complex.
     ValueError
         If a value is not a number, is NaN or infinite, or, with ``positive``, is not above zero.
     """
-    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float32, na_value=np.nan)
+    numbers = pd.to_numeric(column, errors="coerce")
+    kind = {numbers.dtype.kind, column.dtype.kind} & set(NO_NUMBERS)
+    if kind:
+        what, cure = NO_NUMBERS[kind.pop()]
+        at = f"adata.obs[{column.name!r}]"
+        msg = f"{at} holds {what}, and numbers are needed: `{at} = {cure.format(at=at)}`."
+        raise TypeError(msg)
+    values = numbers.to_numpy(dtype=np.float32, na_value=np.nan)
     bad = ~np.isfinite(values) | (positive & (values <= 0))
     if bad.any():
         first = int(np.flatnonzero(bad)[0])

@@ -46,7 +46,7 @@ def anndata_fields(
     # correct_data_format: the user's matrix is left as it is.
     found = [fields.LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False)]
     if batch_key is not None:
-        found.append(fields.CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key))
+        found.append(ConditionField(REGISTRY_KEYS.BATCH_KEY, batch_key))
     if labels_key is not None:
         found.append(LabelsField(labels_key, unlabeled_category))
     if size_factor_key is not None:
@@ -54,10 +54,36 @@ def anndata_fields(
     # A condition that is named twice counts once.
     categorical = [key for key in dict.fromkeys(categorical_covariate_keys or ()) if key != batch_key]
     if categorical:
-        found.append(fields.CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
+        found.append(ConditionsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
     if continuous_covariate_keys:
         found.append(fields.NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, list(continuous_covariate_keys)))
     return found
+
+
+class ConditionField(fields.CategoricalObsField):
+    """A condition in ``obs``, with the categories that cells have.
+
+    scvi-tools' own field counts those of a pandas Categorical that no cell has as well, whose weights nothing trains.
+    """
+
+    def register_field(self, adata: AnnData) -> dict:
+        """Note the categories that cells have, and their codes."""
+        state = super().register_field(adata)
+        used, adata.obs[self.attr_key] = np.unique(adata.obs[self.attr_key], return_inverse=True)
+        return state | {self.CATEGORICAL_MAPPING_KEY: state[self.CATEGORICAL_MAPPING_KEY][used]}
+
+
+class ConditionsField(fields.CategoricalJointObsField):
+    """Several of :class:`ConditionField`, in ``obsm``."""
+
+    def register_field(self, adata: AnnData) -> dict:
+        """Note the categories that cells have, and their codes."""
+        state = super().register_field(adata)
+        codes, mappings = adata.obsm[self.attr_key], state[self.MAPPINGS_KEY]
+        for key in self.attr_keys:
+            used, codes[key] = np.unique(codes[key], return_inverse=True)
+            mappings[key] = mappings[key][used]
+        return state | {self.N_CATS_PER_KEY: [len(mappings[key]) for key in self.attr_keys]}
 
 
 class LabelsField(fields.BaseAnnDataField):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sccvae._rows import dense
 from sccvae.data.fields import Schema
+from sccvae.data.ondisk import DiskMatrix
 from sccvae.data.read import Cells, read_cells
 from sccvae.data.store import CellStore
 
@@ -33,12 +35,18 @@ def measured(adata: AnnData, schema: Schema) -> np.ndarray:
     return pd.Index(schema.var_names.astype(str)).isin(adata.var_names.astype(str))  # np.isin takes half a second
 
 
-def read_measured(adata: AnnData, schema: Schema, present: np.ndarray) -> Cells:
+def read_measured(
+    adata: AnnData,
+    schema: Schema,
+    present: np.ndarray,
+    data: Literal["auto", "disk", "memory"] = "memory",
+    known: DiskMatrix | None = None,
+) -> Cells:
     """Read cells with the measured genes alone.
 
     Parameters
     ----------
-    adata, schema
+    adata, schema, data, known
         As for :func:`read_cells`.
     present
         Which genes are measured, (G,) bool.
@@ -52,7 +60,7 @@ def read_measured(adata: AnnData, schema: Schema, present: np.ndarray) -> Cells:
     KeyError, TypeError, ValueError
         As for :func:`read_cells`.
     """
-    return read_cells(adata, replace(schema, var_names=schema.var_names[present]))
+    return read_cells(adata, replace(schema, var_names=schema.var_names[present]), data, known)
 
 
 class MaskedStore(CellStore):
@@ -89,6 +97,11 @@ class MaskedStore(CellStore):
     def n_features(self) -> int:
         """Number G of features, measured or not."""
         return len(self.present)
+
+    def subset(self, rows: np.ndarray) -> MaskedStore:
+        """These rows, in memory."""
+        some = super().subset(rows)
+        return MaskedStore(some.cells, self.present.numpy(), self.stand_in.numpy(), some.labels, self.depth)
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
         """As :meth:`CellStore.gather`, with ``present`` (n, G) bool; where it is false, ``x`` has the stand-in."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from sccvae._rows import SparseRows
 from sccvae.data.store import CellStore
 
-#: Cells that the moments are taken of, evenly spaced over all: enough for a start.
+#: Cells that the moments are taken of, of each batch its share at random: enough for a start.
 MOMENTS_OF = 20_000
 #: The same for the share of zeros.
 ZEROS_OF = 1_000
@@ -40,7 +40,7 @@ def batch_moments(store: CellStore, n_batch: int | None, *, zeros: bool = True) 
     -------
     Proportions and inverse dispersions, each (n_batch or 1, G) float32. A batch without cells has those of all cells.
     """
-    rows = np.arange(0, len(store), max(1, len(store) // MOMENTS_OF))
+    rows = store.some_rows(MOMENTS_OF)
     x1, x2, lx, seen = (np.zeros((n_batch or 1, store.n_features)) for _ in range(4))  # sums of x, x^2, l x and [x > 0]
     l1, l2, n = (np.zeros((n_batch or 1, 1)) for _ in range(3))  # of l, l^2 and 1
     sizes: list[list[np.ndarray]] = [[] for _ in l1]
@@ -70,7 +70,7 @@ def batch_moments(store: CellStore, n_batch: int | None, *, zeros: bool = True) 
 
 
 def zero_share(store: CellStore) -> float:
-    """Share of zeros among the values of some of the cells, evenly spaced over all.
+    """Share of zeros among the values of some of the cells, of each batch its share.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def zero_share(store: CellStore) -> float:
     -------
     In [0, 1].
     """
-    rows = np.arange(0, len(store), max(1, len(store) // ZEROS_OF))
+    rows = store.some_rows(ZEROS_OF)
     return 1 - float(_csr(store.gather(rows)["x"]).count_nonzero()) / (len(rows) * store.n_features)
 
 

@@ -41,6 +41,15 @@ class CellStore:
         """Number G of features."""
         return self.cells.x.shape[1]
 
+    def some_rows(self, most: int) -> np.ndarray:
+        """Rows of at most ``most`` cells, (n,) int64, in order: of each batch its share at random, the same each time.
+
+        Cells that are so few are all there. The batch is the first condition, if there is one.
+        """
+        batch = self.cells.codes[:, :1].sum(1)  # zeros where there is no condition
+        by_batch = np.lexsort((np.random.default_rng(0).random(len(batch)), batch))
+        return np.sort(by_batch[:: max(1, -(-len(batch) // most))])
+
     def subset(self, rows: np.ndarray) -> CellStore:
         """These rows, in memory."""
         cells = Cells(self.cells.x[rows], self.cells.codes[rows], self.cells.covariates[rows], self.cells.library[rows])

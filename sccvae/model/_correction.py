@@ -28,12 +28,15 @@ class CorrectionMixin(DecodingMixin):
         indices: Sequence[int] | None = None,
         *,
         transform_batch: Any | Sequence[Any] | None = None,
-        gene_list: Sequence[str] | None = None,
+        gene_list: Sequence[str] | str | None = None,
         library_size: float | Literal["latent"] = 1,
         n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        return_mean: bool = True,
         return_numpy: bool = False,
         out: Any | None = None,
         batch_size: int | None = None,
+        silent: bool = True,
         seed: int = 0,
     ) -> pd.DataFrame | np.ndarray | Any:
         """Expected expression of each cell, decoded from its latent coordinates.
@@ -46,31 +49,47 @@ class CorrectionMixin(DecodingMixin):
             Decode as if every cell came from this batch (a category of ``batch_key``); a list averages over several.
             None keeps each cell's own.
         gene_list
-            Genes to give, in this order. None for all: in the order of the AnnData's ``var_names`` if it has the
-            model's genes and no others, so that the values fit its layers; else in that of the model.
+            Genes to give, in this order, or a single one. None for all: in the order of the AnnData's ``var_names`` if
+            it has the model's genes and no others, so that the values fit its layers; else in that of the model.
         library_size
             For count likelihoods: the sum over all genes of a cell's values; ``"latent"`` is the cell's own library
             size. Other likelihoods give the mean on the scale of the input and take no library size.
         n_samples
             1 decodes the mean of q(z|x); more average over that many draws.
+        n_samples_overall
+            Give so many draws of the whole population instead: cells at random, with replacement, in their order, of
+            each a draw of z. Not with ``n_samples``.
+        return_mean
+            If false, the ``n_samples`` draws (more than one) are given one by one, not averaged.
         return_numpy
             An array instead of a data frame.
         out
             An array on disk to write into instead, (n, genes) floating: a zarr array, an h5py dataset or a
             ``numpy.memmap``. A few thousand cells are in memory at a time, however many there are.
+        silent
+            Show no progress bar.
 
         Returns
         -------
-        (n, genes) float32, cells x genes; a data frame with names, or an array; ``out``, if given.
+        (n, genes) float32, cells x genes; a data frame with names, or an array; ``out``, if given. With
+        ``n_samples_overall`` that is n. With ``return_mean=False`` and several samples an array (n_samples, n, genes).
 
         Raises
         ------
         ValueError
-            If a gene or batch is not known, the model cannot change the batch, a number is not positive, or ``out``
-            has another shape or no floating type. Nothing is written then.
+            If a gene or batch is not known, the model cannot change the batch, a number is not positive, draws are
+            asked of a deterministic encoder, options do not fit together, or ``out`` has another shape or no floating
+            type. Nothing is written then.
         TypeError
             If ``n_samples`` is no whole number.
         """
+        if n_samples_overall is not None:
+            check_sizes(n_samples_overall=n_samples_overall)
+            if n_samples != 1:
+                msg = f"n_samples={n_samples} and n_samples_overall={n_samples_overall}: give one of them."
+                raise ValueError(msg)
+            rows = self._rows(adata, indices)
+            indices = np.sort(np.random.default_rng(seed).choice(rows, n_samples_overall))
         return self._expression(
             adata,
             indices,
@@ -82,6 +101,9 @@ class CorrectionMixin(DecodingMixin):
             out=out,
             batch_size=batch_size,
             seed=seed,
+            draw=n_samples_overall is not None,
+            return_mean=return_mean,
+            silent=silent,
         )
 
     def correct(

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
+from sccvae.data import match
 from sccvae.model._decoding import Change, DecodingMixin
 
 
@@ -153,7 +154,7 @@ class PerturbationMixin(DecodingMixin):
         if key not in obs:
             msg = f"condition_key={key!r}: there is no such column; adata.obs has {list(obs.columns)}."
             raise KeyError(msg)
-        rows = np.flatnonzero(obs[key].astype(str).to_numpy() == str(state))
+        rows = np.flatnonzero(match(np.array([state], dtype=object), obs[key]) >= 0) if np.isscalar(state) else []
         if not len(rows):
             known = sorted(obs[key].dropna().astype(str).unique())
             msg = f"No cell of the training data has obs[{key!r}] == {state!r}; there are {known}."

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from tqdm.auto import tqdm
 
 from sccvae.distributions import Observation
 from sccvae.model._base import evaluating
@@ -101,10 +102,14 @@ class DecodingMixin:
         batch_size: int | None,
         seed: int,
         sd: Any | None = None,
+        draw: bool = False,
+        return_mean: bool = True,
+        silent: bool = True,
     ) -> pd.DataFrame | np.ndarray | Any:
         """Expected expression, averaged over the changes; for the arguments see ``get_normalized_expression``.
 
-        ``sd`` is an array like ``out``, for the standard deviation over the draws of z.
+        ``sd`` is an array like ``out``, for the standard deviation over the draws of z. With ``draw`` a single sample
+        is a draw as well.
         """
         columns = self._columns(gene_list, adata)
         self._check_library_size(library_size)
@@ -113,20 +118,27 @@ class DecodingMixin:
         genes = genes if columns is None else genes[columns]
         rows = self._rows(adata, indices)
         shape = (len(rows), len(genes))
+        apart = n_samples > 1 and not return_mean
+        if (apart or draw) and any(factor.kind == "delta" for factor in self.module.factors.inference):
+            msg = f"{type(self).__name__} has a deterministic encoder: there are no draws of z to give."
+            raise ValueError(msg)
+        if apart and out is not None:
+            msg = "return_mean=False gives (n_samples, cells, genes), which out= does not take: leave one of them out."
+            raise ValueError(msg)
         if out is not None and (tuple(out.shape) != shape or not np.issubdtype(out.dtype, np.floating)):
             msg = f"out is {tuple(out.shape)} of {out.dtype}; it must be {shape} of float32 (or float64)."
             raise ValueError(msg)
-        values = np.empty(shape, dtype=np.float32) if out is None else out
+        values = np.empty((n_samples, *shape) if apart else shape, dtype=np.float32) if out is None else out
         # Where nothing is summed, a mini-batch is put where it belongs as it is made.
         plain = isinstance(values, np.ndarray) and values.dtype == np.float32 and values.flags.carray
         once = plain and n_samples == len(changes) == 1 and columns is None and sd is None
         done = 0
-        options = {"n_samples": None if n_samples == 1 else n_samples, "batch_size": batch_size}
-        with evaluating(seed):
+        options = {"n_samples": None if n_samples == 1 and not draw else n_samples, "batch_size": batch_size}
+        with evaluating(seed), tqdm(total=len(rows), unit="cells", disable=silent) as bar:
             for batch, observations in self._observations(adata, indices, changes, **options):
                 size = batch.library if library_size == "latent" else float(library_size)
-                # One sum, or with sd one for each draw; the draws follow each other within a change.
-                sums: list[Any] = [None] * (1 if sd is None else n_samples)
+                # One sum, or one for each draw; the draws follow each other within a change.
+                sums: list[Any] = [None] * (n_samples if apart or sd is not None else 1)
                 several = 0
                 here = slice(done, done + len(batch))
                 into = torch.from_numpy(values[here]) if once else None
@@ -139,10 +151,13 @@ class DecodingMixin:
                     draws = torch.stack(sums) / len(changes)  # (n_samples, n, genes)
                     sd[here] = draws.std(0).cpu().numpy()
                     sums = [draws.sum(0) * len(changes)]
-                if not once:
+                if apart:
+                    values[:, here] = (torch.stack(sums) / len(changes)).cpu().numpy()
+                elif not once:
                     values[here] = (sums[0] if several == 1 else sums[0] / several).cpu().numpy()
                 done = here.stop
-        if return_numpy or out is not None:
+                bar.update(len(batch))
+        if return_numpy or apart or out is not None:
             return values
         return pd.DataFrame(values, index=self._given(adata).obs_names[rows], columns=genes)
 
@@ -157,7 +172,7 @@ class DecodingMixin:
             if len(names) != len(genes) or not names.isin(genes).all():
                 return None
             gene_list = names
-        wanted = list(gene_list)
+        wanted = [gene_list] if isinstance(gene_list, str) else list(gene_list)
         columns = genes.get_indexer(wanted)
         if (columns < 0).any():
             unknown = [g for g, i in zip(wanted, columns, strict=True) if i < 0]

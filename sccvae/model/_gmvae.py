@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 
 from sccvae import module
-from sccvae.data import CellStore
+from sccvae.data import CellStore, match
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
@@ -195,9 +195,9 @@ class GMVAE(
         if len(values) != self.adata.n_obs:
             msg = f"guide has {len(values)} values, adata {self.adata.n_obs} cells."
             raise ValueError(msg)
-        names = pd.Index(sorted({str(v) for v in values.dropna()}))
-        names = pd.Index(self.classes).append(names.difference(self.classes, sort=False))
-        codes = names.get_indexer(values.where(values.isna(), values.astype(str)))
+        codes = match(self.schema.classes, values)
+        more = values[(codes < 0) & values.notna()].astype(str)
+        codes[more.index] = len(self.classes) + np.unique(more, return_inverse=True)[1]
         if (codes < 0).all():
             msg = "guide has no value at all (all NaN); leave it None for a graph clustering."
             raise ValueError(msg)
@@ -206,7 +206,7 @@ class GMVAE(
                 f"guide has {codes.max() + 1} clusters, n_components={self.module.n_components}; make it at least that."
             )
             raise ValueError(msg)
-        return codes.astype(np.int64)
+        return codes
 
     def sample(
         self, n: int, *, component: Any | None = None, batch: Any | None = None, mean: bool = False, seed: int = 0

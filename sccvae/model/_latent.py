@@ -40,7 +40,7 @@ class LatentMixin:
         batch_size
             Cells at a time.
         seed
-            Of the draw.
+            Of the draw: the same seed gives the same draw, so pass another for another.
 
         Returns
         -------

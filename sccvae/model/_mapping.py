@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import wraps
@@ -18,6 +19,7 @@ from scvi import REGISTRY_KEYS
 
 from sccvae.data import (
     CellStore,
+    DiskMatrix,
     MaskedStore,
     batch_moments,
     check_support,
@@ -30,7 +32,7 @@ from sccvae.data import (
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
 from sccvae.model._saving import _decode, _encode, load
-from sccvae.model._transfer import UNKNOWN, TransferMixin
+from sccvae.model._transfer import TransferMixin
 from sccvae.module import Batch, adapt, anchored, grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
@@ -172,12 +174,7 @@ class MappingMixin(TransferMixin):
         if self.is_query:
             self._train_query(max_epochs, **options)
         else:
-            if self._label_codes() is not None and UNKNOWN in self.schema.classes.astype(str):
-                logger.warning(
-                    "A class of obs[%r] is called %r, as transfer_labels calls what no class is like. If these cells "
-                    "have no label, set up with unlabeled_category=%r.",
-                    *(self.schema.labels_key, UNKNOWN, UNKNOWN),
-                )
+            self._label_codes()  # labels that do not fit are named before the training
             super().train(max_epochs, **options)
 
     def _train_query(
@@ -242,7 +239,10 @@ class MappingMixin(TransferMixin):
         given = self._given(adata)
         if not self.is_query or (present := measured(given, self.schema)).all():
             return super()._store(adata, data)
-        cells = read_measured(given, self.schema, present)
+        known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is given else None
+        cells = read_measured(given, self.schema, present, data, known)
+        if isinstance(cells.x, DiskMatrix):
+            self._looked_at = weakref.ref(given), cells.x
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
         check_support(cells, self.module.likelihood.support, where)
         if self.schema.size_factor_key is not None:

@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from sccvae.data import measured
 from sccvae.model._base import evaluating
-from sccvae.model._decoding import Change, DecodingMixin
+from sccvae.model._decoding import Change
+from sccvae.model._parameters import ParametersMixin
 from sccvae.nn import check_sizes
 
 #: What is compared, gene by gene.
 STATISTICS = ("mean", "variance", "zero_fraction")
 
 
-class PredictiveMixin(DecodingMixin):
+class PredictiveMixin(ParametersMixin):
     """Replicated cells, for models with a random latent variable."""
 
     def posterior_predictive_sample(
@@ -31,6 +32,8 @@ class PredictiveMixin(DecodingMixin):
         *,
         condition: Mapping[str, Any] | None = None,
         shift: np.ndarray | None = None,
+        n_samples: int = 1,
+        gene_list: Sequence[str] | str | None = None,
         batch_size: int | None = None,
         seed: int = 0,
     ) -> sparse.csr_matrix | np.ndarray:
@@ -40,34 +43,44 @@ class PredictiveMixin(DecodingMixin):
 
         Parameters
         ----------
-        adata, indices, batch_size, seed
+        adata, indices, batch_size
             As for ``get_latent_representation``.
         condition
-            Draw the cells under these conditions, as in ``predict_counterfactual``; None keeps each cell's own.
+            Draw the cells under these conditions, as in ``predict_counterfactual``; None keeps each cell's own. What
+            scvi-tools calls ``transform_batch="b"`` is ``condition={batch_key: "b"}``.
         shift
             Added to z, (n_latent,), such as ``latent_delta(...)``; None for nothing.
+        n_samples
+            Draws of each cell.
+        gene_list
+            As for ``get_normalized_expression``.
+        seed
+            Of the draws: the same seed gives the same, so pass another for others.
 
         Returns
         -------
-        (n, genes) float32, CSR for counts (drawn at each cell's own library size), else an array; all genes of the
-        model, in the order of ``get_normalized_expression``.
+        (n, genes) float32, CSR for counts (drawn at each cell's own library size), else an array. For several draws an
+        array (n, genes, n_samples), as scvi-tools has it, but dense: it takes four bytes for each value.
 
         Raises
         ------
         TypeError, ValueError
             As for ``predict_counterfactual``; and if ``shift`` has another shape.
         """
+        check_sizes(n_samples=n_samples)
         change = Change() if condition is None else self._change(condition)
         if shift is not None:
             change = Change(change.codes, change.covariates, self._shift(shift).shift)
-        columns = self._columns(None, adata)
-        counts, parts = self.module.likelihood.support == "counts", []
+        columns = self._columns(gene_list, adata)
+        as_csr, parts = self.module.likelihood.support == "counts" and n_samples == 1, []
+        options = {"n_samples": n_samples, "batch_size": batch_size}
         with evaluating(seed):
-            for _, observations in self._observations(adata, indices, [change], n_samples=1, batch_size=batch_size):
-                values = next(observations).sample()
+            for _, observations in self._observations(adata, indices, [change], **options):
+                draws = [p_x.sample() for p_x in observations]
+                values = draws[0] if n_samples == 1 else torch.stack(draws, -1)
                 values = (values if columns is None else values[:, columns]).cpu().numpy()
-                parts.append(sparse.csr_matrix(values) if counts else values)
-        return sparse.vstack(parts, format="csr") if counts else np.concatenate(parts)
+                parts.append(sparse.csr_matrix(values) if as_csr else values)
+        return sparse.vstack(parts, format="csr") if as_csr else np.concatenate(parts)
 
     def posterior_predictive_check(
         self,

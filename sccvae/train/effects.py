@@ -76,7 +76,7 @@ def batch_effects(
     Haghverdi, Lun, Morgan, Marioni 2018, Nature Biotechnology 36 (mutual nearest neighbours). Deming & Stephan 1940,
     On a least squares adjustment of a sampled frequency table, Annals of Mathematical Statistics.
     """
-    rows = _some(store.cells.codes[:, 0])
+    rows = store.some_rows(MOST_CELLS)
     x = sparse.csr_array(store.cells.x[rows], dtype=np.float64)
     library, batch = store.cells.library[rows].astype(np.float64), store.cells.codes[rows, 0]
     library = np.maximum(library, 1e-12)
@@ -100,12 +100,6 @@ def batch_effects(
         return effects, None
     weight = kinds.toarray() * _shared(joined, batch, n_batch, kinds)[:, None]
     return effects, _landmarks(y @ axes, batch, n_batch, weight, axes, _overlap(batch, n_batch, kinds))
-
-
-def _some(batch: np.ndarray) -> np.ndarray:
-    """Rows of the cells that are looked at, in order."""
-    by_batch = np.lexsort((np.random.default_rng(0).random(len(batch)), batch))
-    return np.sort(by_batch[:: -(-len(batch) // MOST_CELLS)])
 
 
 def _members(group: np.ndarray, n: int) -> sparse.csr_array:
