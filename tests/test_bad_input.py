@@ -433,6 +433,52 @@ def test_a_last_mini_batch_of_one_cell(adata):
     works(model)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonsense": 3}, r"train\(\) has no argument 'nonsense', and neither has lightning.Trainer\.$"),
+        ({"patiense": 3}, r"'patiense', and neither has lightning.Trainer; did you mean 'patience'"),
+        ({"guide": "donor"}, "no argument 'guide'"),
+        ({"plan_kwargs": {"n_epochs_kl_warmup": 9}}, "no argument 'n_epochs_kl_warmup': set kl_warmup="),
+        ({"plan_kwargs": {"lr": 0.1}, "lr": 0.2}, "lr= is given two values.*plan_kwargs"),
+        ({"trainer_config": "fast"}, "'trainer_config': give a dictionary"),
+        ({"limit_train_batches": 2}, "chunk of many mini-batches here; for fewer cells lower train_size="),
+        ({"max_steps": 9}, "'max_steps'.*set max_epochs="),
+        ({"use_gpu": True}, "'use_gpu': set accelerator="),
+    ],
+)
+def test_arguments_of_train_that_are_not_ours(adata, options, message):
+    """Before anything is read or set; Lightning would take some in another sense."""
+    model = make(adata, train=False)
+    with pytest.raises(TypeError, match=message):
+        model.train(**FAST, **options)
+    assert model.train_indices is None
+    assert model.history is None
+
+
+def test_names_of_scvi_tools_that_mean_the_same(adata, capsys):
+    quiet = {k: v for k, v in FAST.items() if k != "progress_bar"} | {"enable_progress_bar": False}
+    histories = []
+    for options in (
+        {"lr": 0.02, "weight_decay": 0.1, "patience": 1, "kl_warmup": 0.0},
+        {"plan_kwargs": {"lr": 0.02, "weight_decay": 0.1}, "early_stopping_patience": 1, "kl_warmup": 0.0}
+        | {"train_size": None, "datasplitter_kwargs": None},
+    ):
+        model = make(adata, train=False)
+        model.train(**quiet, **options)
+        histories.append(model.history)
+    assert "cells/s" not in capsys.readouterr().err
+    assert all(histories[0][name].equals(frame) for name, frame in histories[1].items())
+
+
+@pytest.mark.parametrize("options", [{"patience": 3}, {"early_stopping": True}])
+def test_early_stopping_without_held_out_cells(adata, options):
+    model = make(adata, train=False)
+    with pytest.warns(UserWarning, match=r"No cells are held out.*Pass train_size=0\.9"):
+        model.train(**FAST, train_size=1.0, **options)
+    model.train(**FAST, train_size=1.0)
+
+
 def test_two_cells():
     with pytest.warns(UserWarning, match="fewer than 3 cells"):  # scvi-tools' own
         model = make(toy_counts(2), train=False)

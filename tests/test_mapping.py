@@ -167,9 +167,11 @@ def test_without_new_categories_there_is_nothing_to_train(cvae, caplog):
     query = cvae.load_query(same)
     assert query.is_trained
     assert np.array_equal(query.get_latent_representation(), cvae.get_latent_representation(same))
-    with caplog.at_level(logging.INFO, "sccvae"):
-        query.train(**FAST)
+    with pytest.raises(TypeError, match="no argument 'nonsense'"):
+        query.train(nonsense=3)
+    query.train(**FAST)
     assert "nothing to train" in caplog.text
+    assert query.history == {}
     autoencoder = make(AE, toy_values())
     values = toy_values(20, seed=5)
     values.obs["batch"] = "new"
@@ -359,6 +361,11 @@ def test_refusals(cvae):
     query = cvae.load_query(query_of())
     with pytest.raises(ValueError, match=r"weight_decay would shrink the frozen weights.*freeze=False"):
         query.train(**FAST, weight_decay=0.1)
+    with pytest.raises(ValueError, match="at least 1"):
+        query.train(**FAST | {"max_epochs": 0}, plan_kwargs={"weight_decay": 0.0})
+    assert query.train_indices is None
+    with pytest.warns(UserWarning, match=r"No cells are held out.*train_size=0\.9"):
+        query.train(**FAST, patience=3)
     with pytest.raises(ValueError, match="not made by load_query"):
         _ = cvae.query_report
     with pytest.raises(TypeError, match=r"The reference is a CVAE: call CVAE.load_query_data"):
@@ -591,6 +598,8 @@ def test_gmvae_transfers_by_its_classes():
     cells.obs.loc[cells.obs["type"] == "x", "type"] = "of no reference"
     query = model.load_query(cells)
     assert query.query_report["unknown_labels"] == ["of no reference"]
+    with pytest.raises(ValueError, match=r"guide= starts clusters.*leave it out"):
+        query.train(**FAST, guide="type")
     query.train(**FAST)
     assert query.reference["component_shares"] == shares
     table = query.transfer_labels()

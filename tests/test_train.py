@@ -16,6 +16,7 @@ from _training import (
     N,
     Raise,
     Scramble,
+    a_store,
     a_vae,
     an_ae,
     same,
@@ -29,7 +30,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProg
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_sizes
+from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_sizes, fit
 
 # History
 
@@ -309,6 +310,19 @@ def test_progress_bar_counts_cells(capsys, tmp_path):
     assert "cells/s" in shown
     assert "train=" in shown
     assert "validation=" in shown
+
+
+def test_scvi_tools_name_of_the_progress_bar(capsys):
+    for shown in (False, True):
+        fit(an_ae(), a_store(), TRAIN, VALIDATION, max_epochs=1, accelerator="cpu", enable_progress_bar=shown)
+        assert ("cells/s" in capsys.readouterr().err) == shown
+
+
+def test_arguments_that_count_lightnings_batches_are_refused():
+    for name in ("limit_val_batches", "max_steps", "fast_dev_run", "val_check_interval", "overfit_batches"):
+        with pytest.raises(TypeError, match=f"'{name}': to Lightning one batch is a chunk of many mini-batches here"):
+            train(an_ae(), **{name: 1})
+    train(an_ae(), max_epochs=1, enable_model_summary=False, min_epochs=1)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import rich.pretty  # noqa: F401  scvi-tools' view_anndata_setup uses it without importing it
 import torch
 from anndata import AnnData
-from lightning import Callback
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
@@ -29,21 +26,19 @@ from sccvae.data import (
     check_support,
     read_cells,
     row_numbers,
-    split_indices,
     zero_share,
 )
 from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._saving import SavingMixin
+from sccvae.model._training import TrainingMixin
 from sccvae.module import Batch, GenerativeModule, InputDropout
-from sccvae.train import TrainingResult, batch_effects, default_sizes, fit
-
-logger = logging.getLogger(__name__)
+from sccvae.train import batch_effects, default_sizes
 
 #: Values of a mini-batch when nothing is trained, zeros among them: 8 MB; and how few and how many cells it may have.
 INFERENCE_VALUES, FEWEST, MOST = 2**21, 128, 4_096
 
 
-class BaseModel(SavingMixin, BaseModelClass, ABC):
+class BaseModel(TrainingMixin, SavingMixin, BaseModelClass, ABC):
     """Base of all sccvae models; it stands on scvi-tools' registry, so ``view_anndata_setup`` and friends work.
 
     Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and
@@ -152,130 +147,6 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         manager = AnnDataManager(fields=anndata_fields(**args), setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
-
-    def train(
-        self,
-        max_epochs: int | None = None,
-        *,
-        batch_size: int = 128,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        kl_weight: float = 1.0,
-        kl_warmup: float = 0.2,
-        train_size: float = 0.9,
-        validation_size: float | None = None,
-        data: Literal["auto", "disk", "memory"] = "auto",
-        early_stopping: bool = True,
-        patience: int | None = None,
-        accelerator: str = "auto",
-        devices: int | list[int] = 1,
-        checkpoint_dir: str | Path | None = None,
-        seed: int = 0,
-        progress_bar: bool = True,
-        callbacks: Sequence[Callback] = (),
-        **trainer_options: Any,
-    ) -> None:
-        """Train on the cells of the set-up; ends with the weights of the best validation epoch.
-
-        Ctrl-C ends it cleanly with the current weights. With ``checkpoint_dir`` a later call goes on where it stopped.
-
-        Parameters
-        ----------
-        max_epochs
-            Passes over the training cells; None for about 6,000 optimiser steps (20 to 400 epochs).
-        batch_size
-            Most cells of a mini-batch.
-        lr, weight_decay
-            Of AdamW; the learning rate falls along a cosine over all steps.
-        kl_weight, kl_warmup
-            Target of the KL weight (1 is the ELBO), and the share of all steps after which it is reached.
-        train_size, validation_size
-            Shares of the cells; ``validation_size=None`` takes the rest.
-        data
-            For an AnnData whose values are on disk: ``"memory"`` reads them all first, ``"disk"`` reads shuffled blocks
-            of cells in every epoch (needs ``pip install 'sccvae[ondisk]'``), and ``"auto"`` reads them into memory if
-            that takes at most half of what is free, and logs what it chose.
-        early_stopping, patience
-            Stop when the negative ELBO of the validation cells has not fallen for ``patience`` epochs.
-        accelerator, devices
-            As for ``lightning.Trainer``; ``"auto"`` takes an NVIDIA GPU or the CPU.
-        checkpoint_dir
-            Folder for the state of the training after every epoch; a later call with the same settings, of this method
-            and of the model, goes on from there. A folder is for one model.
-        seed
-            Of the split, the mini-batch order and the noise; the same seed and device give the same bits.
-        progress_bar
-            Show epoch, losses and cells per second.
-        callbacks
-            More Lightning callbacks.
-        **trainer_options
-            For ``lightning.Trainer``, for example ``logger=``; ``max_time`` and ``cuda_graphs`` as for
-            :func:`sccvae.train.fit`.
-
-        Raises
-        ------
-        ValueError
-            If the model has no data, options do not fit, or the data cannot be described by the likelihood.
-        FloatingPointError
-            If the loss stops being finite; the model then has its best weights.
-        """
-        store = self._training_store(data)
-        before = self.train_indices, self.validation_indices, self.test_indices
-        self.train_indices, self.validation_indices, self.test_indices = split_indices(
-            len(store), train_size, validation_size, seed
-        )
-        try:
-            result = self._fit(
-                store,
-                max_epochs=max_epochs,
-                batch_size=batch_size,
-                lr=lr,
-                weight_decay=weight_decay,
-                kl_weight=kl_weight,
-                kl_warmup=kl_warmup,
-                early_stopping=early_stopping,
-                patience=patience,
-                accelerator=accelerator,
-                devices=devices,
-                checkpoint_dir=checkpoint_dir,
-                seed=seed,
-                progress_bar=progress_bar,
-                callbacks=callbacks,
-                settings=self._made_with | {"setup": self.registry_["setup_args"]},
-                **trainer_options,
-            )
-        except BaseException:  # the split belongs to the weights: those of before stay
-            self.train_indices, self.validation_indices, self.test_indices = before
-            raise
-        self._finish_training(result)
-
-    def _fit(self, store: CellStore, **options: Any) -> TrainingResult:
-        """Train the module on ``train_indices``: where a model that trains in phases comes in."""
-        self._find_kinds(store)
-        return fit(self.module, store, self.train_indices, self.validation_indices, **options)
-
-    def _find_kinds(self, store: CellStore) -> None:
-        """Kinds of cells for the alignment, of a model that was loaded: its files do not hold them."""
-        if self._aligns_kinds and self.module.kinds is None:
-            self.module.kinds = batch_effects(store, self.schema.n_categories[0])[1]
-
-    def _training_store(self, data: str = "auto") -> CellStore:
-        if self.adata is None:
-            msg = (
-                f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, "
-                "adata=adata)` to train."
-            )
-            raise ValueError(msg)
-        return self._store(self.adata, data)
-
-    def _finish_training(self, result: TrainingResult) -> None:
-        if result.trainer is not None:
-            self.module.to(result.trainer.strategy.root_device)
-        self.trainer = result.trainer
-        self.history_ = result.history
-        self._summarise()
-        self.reference["kept_epoch"] = result.kept
-        self.is_trained = True
 
     def _given(self, adata: AnnData | None) -> AnnData:
         """``adata``, or that of the set-up."""

@@ -154,6 +154,9 @@ class GMVAE(
             If the loss stops being finite.
         """
         if self.is_query:
+            if guide is not None:
+                msg = "guide= starts clusters, but those of a query are its reference's: leave it out."
+                raise ValueError(msg)
             super().train(max_epochs, **options)
             return
         super().train(max_epochs, guide=None if self.adata is None else self._guide_labels(guide), **options)

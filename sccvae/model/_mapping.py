@@ -16,6 +16,7 @@ import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 
+from sccvae._names import with_known_names
 from sccvae.data import (
     CellStore,
     MaskedStore,
@@ -25,7 +26,6 @@ from sccvae.data import (
     match,
     measured,
     read_measured,
-    split_indices,
 )
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
@@ -167,6 +167,7 @@ class MappingMixin(TransferMixin):
             raise ValueError(msg)
         return {k: v for k, v in self.reference["mapping"].items() if k not in ("n_known", "freeze", "adapted")}
 
+    @with_known_names
     @wraps(BaseModel.train)
     def train(self, max_epochs: int | None = None, **options: Any) -> None:
         if self.is_query:
@@ -194,8 +195,8 @@ class MappingMixin(TransferMixin):
         mapping = self.reference["mapping"]
         freeze, known = mapping["freeze"], mapping["n_known"]
         if freeze and not new_weights(self.module, known):
-            logger.info("The query has no new categories: there is nothing to train, it is mapped as it is.")
-            self.is_trained = True
+            logger.warning("The query has no new categories: there is nothing to train, it is mapped as it is.")
+            self.history_, self.is_trained = {}, True
             return
         if freeze and options.get("weight_decay"):
             msg = "weight_decay would shrink the frozen weights as well; leave it out, or use load_query(freeze=False)."
@@ -204,18 +205,18 @@ class MappingMixin(TransferMixin):
         store.labels = self._query_labels()
         # The few weights of a category cannot learn cells by heart: all train, unless the user wants to see others.
         train_size = (1.0 if freeze else 0.9) if train_size is None else train_size
-        rows, held_out, rest = split_indices(len(store), train_size, validation_size, seed)
-        self.train_indices, self.validation_indices, self.test_indices = rows, held_out, rest
-        if max_epochs is None:
-            # An epoch shows few cells several times: what an epoch costs beside its steps would be most of the time.
-            rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))
-            max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
-        options = defaults | options | {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
-        options["settings"] = self._made_with
+        options = defaults | options | {"batch_size": batch_size, "seed": seed, "settings": self._made_with}
         labelled = store.labels is not None
-        with only_new(self.module, known, labels=labelled) if freeze else nullcontext(), anchored(self.module):
-            result = fit(self.module, store, rows, held_out, **options)
+        with self._split(len(store), train_size, validation_size, seed):
+            options["early_stopping"] = self._stops_early(options.get("early_stopping"), options.get("patience"))
+            rows = self.train_indices
+            if max_epochs is None:
+                # An epoch shows few cells several times: what it costs beside its steps would be most of the time.
+                rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))
+                max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
+            with only_new(self.module, known, labels=labelled) if freeze else nullcontext(), anchored(self.module):
+                result = fit(self.module, store, rows, self.validation_indices, max_epochs=max_epochs, **options)
         super()._finish_training(result)
 
     def _finish_training(self, result: TrainingResult) -> None:

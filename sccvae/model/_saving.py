@@ -142,7 +142,7 @@ class SavingMixin:
         model.history_ = {
             name: pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
             for name, values in content["history"].items()
-        } or None
+        } or ({} if content["trained"] else None)  # a query may have had nothing to train
         model.is_trained = content["trained"]
         model._summarise()
         for name, rows in content["splits"].items():
