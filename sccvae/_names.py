@@ -51,6 +51,40 @@ _INSTEAD = {
         "log_save_dir": "set logger=",
         " ".join(HOLDERS): "give a dictionary, or its entries as arguments",
     },
+    "a model": {
+        "gene_likelihood": "set likelihood= ('nb', 'zinb', 'poisson', 'normal')",
+        "dispersion": "give it to the likelihood, such as "
+        "likelihood=sccvae.distributions.NegativeBinomial(dispersion='gene')",
+        "dropout_rate": "set dropout= (hidden units, 0 by default) and input_dropout= (inputs of the encoder)",
+        "use_batch_norm use_layer_norm": "set norm='batch', 'layer' or None",
+        "encode_covariates": "set encode_condition= of a CVAE (true by default)",
+        "deeply_inject_covariates": "every layer sees the conditions; leave it out",
+        "use_observed_lib_size": "the library size is always the observed one, or size_factor_key= of setup_anndata; "
+        "leave it out",
+        "use_size_factor_key": "name the column in setup_anndata(size_factor_key=)",
+        "latent_distribution": "z is normal; leave it out",
+        "log_variational": "the encoder sees log(1 + x) of counts; leave it out",
+        "batch_key labels_key layer categorical_covariate_keys continuous_covariate_keys size_factor_key "
+        "unlabeled_category": "it is one of setup_anndata",
+    },
+    "save": {
+        "prefix": "a folder holds one model; name another folder",
+        "save_anndata": "cells are not saved with a model; adata.write_h5ad(...) does that",
+        "save_kwargs legacy_mudata_format datamodule": "leave it out",
+    },
+    "load": {
+        "prefix": "a folder holds one model; name its folder",
+        "accelerator device use_gpu": "a model is loaded on the CPU; model.to_device('cuda') moves it",
+        "backup_url datamodule allowed_classes_names_list": "leave it out",
+    },
+    "load_query_data": {
+        "unfrozen": "freeze=False is unfrozen=True",
+        "freeze_dropout freeze_expression freeze_decoder_first_layer freeze_batchnorm_encoder freeze_batchnorm_decoder "
+        "freeze_classifier": "freeze=True leaves all but the weights of new categories as they are; leave it out",
+        "inplace_subset_query_vars": "genes are matched by name, and nothing is written to adata; leave it out",
+        "accelerator device": "the query is where its reference is; query.to_device('cuda') moves it",
+        "transfer_batch registry datamodule": "leave it out",
+    },
 }
 INSTEAD = {
     function: {name: text for names, text in table.items() for name in names.split()}
@@ -70,7 +104,7 @@ def check_names(function: str, names: Iterable[str], known: Collection[str], *, 
     known
         Those that it has.
     like
-        The function of :data:`INSTEAD`; None for the same.
+        Its name in :data:`INSTEAD`; None for the same.
 
     Raises
     ------
@@ -89,6 +123,30 @@ def check_names(function: str, names: Iterable[str], known: Collection[str], *, 
             what += f"; did you mean {close[0]!r}?" if close else "."
         msg = f"{function}() has no argument {name!r}{what}"
         raise TypeError(msg)
+
+
+def checks_names(function: Callable, like: str | None = None) -> Callable:
+    """A function with :func:`check_names` before it.
+
+    Parameters
+    ----------
+    function
+        With all of its arguments by name.
+    like
+        As for :func:`check_names`.
+
+    Returns
+    -------
+    The same function.
+    """
+    known = inspect.signature(function).parameters
+
+    @wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        check_names(function.__name__, options, known, like=like)
+        return function(*args, **options)
+
+    return checked
 
 
 def with_known_names(function: Callable) -> Callable:

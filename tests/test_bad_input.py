@@ -529,6 +529,21 @@ def test_unknown_options(adata, options, message):
         make(adata, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout_rate": 0.1}, r"CVAE\(\) has no argument 'dropout_rate': set dropout="),
+        ({"gene_likelihood": "nb"}, "'gene_likelihood': set likelihood="),
+        ({"use_layer_norm": "both"}, "'use_layer_norm': set norm="),
+        ({"batch_key": "batch"}, "'batch_key': it is one of setup_anndata"),
+        ({"n_hiden": 8}, "'n_hiden'; did you mean 'n_hidden'"),
+    ],
+)
+def test_arguments_of_a_model_that_are_not_ours(adata, options, message):
+    with pytest.raises(TypeError, match=message):
+        make(adata, **options)
+
+
 def test_unknown_noise():
     with pytest.raises(ValueError, match=r"noise='blur'.*choose 'gaussian'.*'mask'"):
         make(toy_values(), AE, noise="blur")

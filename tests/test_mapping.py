@@ -372,6 +372,20 @@ def test_refusals(cvae):
         VAE.load_query_data(query_of(), cvae)
     with pytest.raises(ValueError, match=r"without labels_key.*train it to transfer labels"):
         query.transfer_labels()
+    with pytest.raises(TypeError, match=r"'unfrozen': freeze=False"):
+        CVAE.load_query_data(query_of(), cvae, unfrozen=True)
+
+
+def test_a_query_needs_no_preparation(cvae):
+    """What scvi-tools does beforehand is done by load_query."""
+    cells = query_of(genes=slice(0, 8))
+    assert CVAE.prepare_query_anndata(cells, cvae) is None
+    assert CVAE.prepare_query_anndata(cells, cvae, inplace=False) is cells
+    assert cells.n_vars == 8
+    genes = CVAE.prepare_query_anndata(cells, cvae, return_reference_var_names=True)
+    assert genes.tolist() == cvae.schema.var_names.tolist()
+    with pytest.raises(ValueError, match="fewer than 50%"):
+        CVAE.prepare_query_anndata(query_of(genes=slice(0, 5)), cvae)
 
 
 # On disk

@@ -337,6 +337,22 @@ def test_no_model_there(tmp_path, saved):
         models.load(saved)
 
 
+def test_names_of_scvi_tools(trained, saved, tmp_path):
+    assert CVAE.load(dir_path=saved, adata=False).adata is None
+    assert models.load(saved, adata=False).adata is None
+    with pytest.raises(TypeError, match="adata must be an AnnData object, not str"):
+        CVAE.load(saved, "cells.h5ad")
+    with pytest.raises(TypeError, match=r"save\(\) has no argument 'save_anndata': cells are not saved"):
+        trained.save(tmp_path / "other", save_anndata=True)
+    for load in (CVAE.load, models.load):
+        with pytest.raises(TypeError, match=r"load\(\) has no argument 'device': .*to_device"):
+            load(saved, device="cpu")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\['model.pt'\], a model of scvi-tools, which sccvae cannot read"):
+        models.load(tmp_path / "theirs")
+
+
 # Whole or not at all
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import rich.pretty  # noqa: F401  scvi-tools' view_anndata_setup uses it without importing it
 import torch
 from anndata import AnnData
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
+from sccvae._names import check_names
 from sccvae.data import (
     CellStore,
     ChunkLoader,
@@ -29,6 +30,7 @@ from sccvae.data import (
     zero_share,
 )
 from sccvae.distributions import ZINB, NegativeBinomial
+from sccvae.model._registry import RegistryMixin
 from sccvae.model._saving import SavingMixin
 from sccvae.model._training import TrainingMixin
 from sccvae.module import Batch, GenerativeModule, InputDropout
@@ -38,11 +40,11 @@ from sccvae.train import batch_effects, default_sizes
 INFERENCE_VALUES, FEWEST, MOST = 2**21, 128, 4_096
 
 
-class BaseModel(TrainingMixin, SavingMixin, BaseModelClass, ABC):
+class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
     """Base of all sccvae models; it stands on scvi-tools' registry, so ``view_anndata_setup`` and friends work.
 
-    Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and
-    nothing else.
+    Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and what
+    reads saved models or needs a registered AnnData, and nothing else.
 
     Parameters
     ----------
@@ -64,6 +66,11 @@ class BaseModel(TrainingMixin, SavingMixin, BaseModelClass, ABC):
     reference
         What generation needs to know of the training data: quantiles of the library size, combinations of conditions.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Look at the names of arguments first."""
+        check_names(cls.__name__, options, inspect.signature(cls.__init__).parameters, like="a model")
+        return super().__new__(cls)
 
     def __init__(self, adata: AnnData | None, registry: dict | None, seed: int, settings: dict[str, Any]) -> None:
         super().__init__(adata, registry)
@@ -153,7 +160,11 @@ class BaseModel(TrainingMixin, SavingMixin, BaseModelClass, ABC):
         if adata is None and self.adata is None:
             msg = "This model was loaded without data; pass adata=."
             raise ValueError(msg)
-        return self.adata if adata is None else adata
+        adata = self.adata if adata is None else adata
+        if not isinstance(adata, AnnData):
+            msg = f"adata must be an AnnData object, not {type(adata).__name__}."
+            raise TypeError(msg)
+        return adata
 
     def _store(self, adata: AnnData | None, data: str = "disk") -> CellStore:
         """The cells of ``adata`` (None: of the set-up), checked against the likelihood; read now unless from disk."""

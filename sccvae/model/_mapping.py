@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
 
-from sccvae._names import with_known_names
+from sccvae._names import checks_names, with_known_names
 from sccvae.data import (
     CellStore,
     MaskedStore,
@@ -29,6 +28,7 @@ from sccvae.data import (
 )
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
+from sccvae.model._registry import extend_registry
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import UNKNOWN, TransferMixin
 from sccvae.module import Batch, adapt, anchored, grow, new_weights, only_new
@@ -53,6 +53,7 @@ class MappingMixin(TransferMixin):
         """Whether this model was made by :meth:`load_query`."""
         return "mapping" in self.reference
 
+    @partial(checks_names, like="load_query_data")
     def load_query(self, adata: AnnData, *, freeze: bool = True) -> Self:
         """Make a model of the query cells ``adata`` from this trained reference; ``train()`` it next.
 
@@ -103,7 +104,7 @@ class MappingMixin(TransferMixin):
         new = self._new_categories(adata)
         present = self._check_genes(adata)
         registry = _decode(_encode(self.registry_))
-        _extend(registry, new)
+        extend_registry(registry, new, adata.n_obs)
         query = type(self)(registry=registry, seed=self.seed, **self.settings)
         known = self.schema.n_categories
         adapt(query.module)
@@ -131,6 +132,7 @@ class MappingMixin(TransferMixin):
         return query
 
     @classmethod
+    @checks_names
     def load_query_data(cls, adata: AnnData, reference_model: str | Path | BaseModel, *, freeze: bool = True) -> Self:
         """:meth:`load_query` under scvi-tools' name: a class method that takes a model or its folder.
 
@@ -158,6 +160,44 @@ class MappingMixin(TransferMixin):
             msg = f"The reference is a {name}: call {name}.load_query_data, or load_query on the reference itself."
             raise TypeError(msg)
         return reference.load_query(adata, freeze=freeze)
+
+    @staticmethod
+    def prepare_query_anndata(
+        adata: AnnData,
+        reference_model: str | Path | BaseModel,
+        return_reference_var_names: bool = False,
+        inplace: bool = True,
+    ) -> AnnData | pd.Index | None:
+        """Check the genes of a query, as :meth:`load_query` does; there for scvi-tools' users, and never needed.
+
+        scvi-tools sorts genes and fills missing ones with zeros. Here they are matched by name, and missing ones are
+        masked, so ``adata`` stays as it is.
+
+        Parameters
+        ----------
+        adata
+            Query cells.
+        reference_model
+            The trained reference, or its folder.
+        return_reference_var_names
+            Only give the genes of the reference.
+        inplace
+            Give nothing, rather than ``adata``.
+
+        Returns
+        -------
+        None, ``adata`` itself, or the genes of the reference.
+
+        Raises
+        ------
+        ValueError
+            If too few genes are those of the reference.
+        """
+        reference = load(reference_model) if isinstance(reference_model, str | Path) else reference_model
+        if return_reference_var_names:
+            return pd.Index(reference.schema.var_names)
+        reference._check_genes(adata)
+        return None if inplace else adata
 
     @property
     def query_report(self) -> dict[str, Any]:
@@ -368,22 +408,3 @@ class MappingMixin(TransferMixin):
         if found["unknown_labels"]:
             lines.append(f"labels that the reference does not have are not used: {found['unknown_labels']}")
         return "; ".join(lines)
-
-
-def _extend(registry: dict[str, Any], new: dict[str, list[Any]]) -> None:
-    """Add categories to a registry, behind the known ones."""
-    fields = registry["field_registries"]
-    for key, values in new.items():
-        if key == registry["setup_args"].get("batch_key"):
-            field = fields[REGISTRY_KEYS.BATCH_KEY]
-            state, name = field["state_registry"], "categorical_mapping"
-            field["summary_stats"]["n_batch"] += len(values)
-        else:
-            field = fields[REGISTRY_KEYS.CAT_COVS_KEY]
-            state, name = field["state_registry"]["mappings"], key
-            at = list(field["state_registry"]["field_keys"]).index(key)
-            field["state_registry"]["n_cats_per_key"][at] += len(values)
-        known = np.asarray(state[name])
-        grown = np.empty(len(known) + len(values), dtype=object)
-        grown[:] = [*known.tolist(), *values]
-        state[name] = pd.Series(grown).infer_objects().to_numpy()  # numbers stay numbers, if all are
