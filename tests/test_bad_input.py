@@ -199,12 +199,14 @@ def test_genes_reordered_in_new_data(adata):
 # Batches and covariates
 
 
-def test_one_batch_only_warns_and_works(adata):
+def test_one_batch_only_warns_and_works(adata, tmp_path):
     adata.obs["batch"] = "only"
     with pytest.warns(UserWarning, match=r"obs\['batch'\] has a single category: .*acts as a VAE"):
         model = make(adata, train=False)
     model.train(**FAST)
     works(model)
+    model.save(tmp_path / "model")
+    CVAE.load(tmp_path / "model", adata)  # known by now: no warning
 
 
 def test_a_batch_of_one_cell_works(adata):
@@ -542,6 +544,22 @@ def test_unknown_options(adata, options, message):
 def test_arguments_of_a_model_that_are_not_ours(adata, options, message):
     with pytest.raises(TypeError, match=message):
         make(adata, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior": "fixed", "n_components": 50}, "n_components=50 does nothing with prior='fixed'"),
+        ({"prior": "learned", "alignment": 100}, "alignment=100 does nothing here"),
+    ],
+)
+def test_options_that_do_nothing_are_warned_of_once(adata, options, message, tmp_path):
+    with pytest.warns(UserWarning, match=message) as found:
+        model = make(adata, train=False, **options)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    model.save(tmp_path / "model")
+    CVAE.load(tmp_path / "model", toy_counts())
 
 
 def test_unknown_noise():

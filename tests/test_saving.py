@@ -217,6 +217,16 @@ def test_attached_data_must_fit(trained, saved):
         CVAE.load(saved, other)
 
 
+def test_attached_data_are_not_warned_of(tmp_path):
+    """What a set-up is warned of is about the training data: of a part of them donors can be those of the batches."""
+    adata, setup = toy_counts(), {"batch_key": "batch", "categorical_covariate_keys": ["donor"]}
+    make(adata=adata, setup=setup).save(tmp_path / "model")
+    part = adata[((adata.obs["batch"] == "a") == (adata.obs["donor"] == "d1")).to_numpy()].copy()
+    with pytest.warns(UserWarning, match="donor"):
+        CVAE.setup_anndata(part.copy(), **setup)
+    assert CVAE.load(tmp_path / "model", part).adata is part
+
+
 def test_without_data_the_methods_say_what_to_do(saved):
     loaded = CVAE.load(saved)
     for name in ("get_latent_representation", "get_normalized_expression", "get_elbo"):

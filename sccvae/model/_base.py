@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -85,13 +86,28 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         self._looked_at: tuple[weakref.ref[AnnData], DiskMatrix] | None = None
         if adata is not None:
             self._start_at_data(self._store(adata))
+            if self.settings.get("alignment") and not self._in_use()["alignment"]:
+                msg = (
+                    f"alignment={self.settings['alignment']:g} does nothing here: it draws batches together where the "
+                    "decoder knows them (batch_key or a categorical covariate; not with prior='learned')."
+                )
+                warnings.warn(msg, UserWarning, stacklevel=3)
         self.module.eval()
         self._summarise()
 
     def _summarise(self) -> None:
         """Make what ``print(model)`` says."""
-        text = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
+        text = ", ".join(f"{k}={v:g}" if type(v) is float else f"{k}={v!r}" for k, v in self._in_use().items())
         self._model_summary_string = f"sccvae {type(self).__name__}({text})\n{self.module.factors}"
+
+    def _in_use(self) -> dict[str, Any]:
+        """The settings as the module takes them: what None stands for, and without what does nothing."""
+        found = dict(self.settings)
+        if found.get("likelihood", "") is None:
+            found["likelihood"] = self.module.likelihood.config
+        if "alignment" in found:
+            found["alignment"] = float(self.module.alignment.weight)
+        return found
 
     @abstractmethod
     def _make_module(self) -> GenerativeModule:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -163,7 +164,9 @@ class SavingMixin:
                 "`adata = adata[:, model.schema.var_names].copy()`, or load without adata and pass it to the methods."
             )
             raise ValueError(msg)
-        type(self).setup_anndata(adata, **self.registry_["setup_args"], source_registry=self.registry_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the set-up: they came up when it was made
+            type(self).setup_anndata(adata, **self.registry_["setup_args"], source_registry=self.registry_)
         self._adata = adata
         self._adata_manager = self._get_most_recent_anndata_manager(adata, required=True)
         self._register_manager_for_instance(self._adata_manager)
