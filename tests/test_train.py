@@ -197,6 +197,12 @@ def test_early_stopping_waits_for_its_patience():
     assert square_error(ae) == pytest.approx(errors.min(), rel=1e-5)
 
 
+def test_patience_counts_epochs_not_validations():
+    options = {"max_epochs": 100, "callbacks": [Scramble(6)], "patience": 6, "kl_warmup": 0.0}
+    elbo = train(an_ae(), check_val_every_n_epoch=3, **options).history["elbo_validation"]["elbo_validation"]
+    assert len(elbo) == elbo.idxmin() + 6 + 1
+
+
 def test_patience_does_not_count_during_the_kl_warmup():
     result = train(an_ae(), max_epochs=20, callbacks=[Scramble(2)], patience=1, kl_warmup=0.5)
     assert len(result.history["kl_weight"]) == 11

@@ -25,7 +25,7 @@ from sccvae.data import CellStore, ChunkLoader, resident, shuffled_loader
 from sccvae.module import GenerativeModule
 from sccvae.nn import check_sizes
 from sccvae.train.callbacks import BestWeights, CellsBar, out_of_time
-from sccvae.train.checkpoint import ResumableTraining
+from sccvae.train.checkpoint import ResumableTraining, digest
 from sccvae.train.plan import TrainingPlan
 from sccvae.train.schedules import Schedule, default_max_epochs
 
@@ -201,6 +201,8 @@ def fit(
             settings |= {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
             settings |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
             settings |= {"n_train": len(train_rows), "n_validation": len(validation_rows)}
+            cells = store.cells  # by what is in memory of those on disk, too
+            settings |= {"library sizes": digest(cells.library), "conditions": digest(cells.codes, cells.covariates)}
             settings |= {"model": type(module).__name__, "n_weights": sum(p.numel() for p in module.parameters())}
             checkpoint = ResumableTraining(checkpoint_dir, settings, best)
             if checkpoint.resume(plan):
