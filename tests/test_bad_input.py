@@ -12,7 +12,7 @@ from _models import FAST, TINY
 from _toys import toy_counts, toy_values
 from scipy import sparse
 
-from sccvae.model import AE, CVAE, VAE
+from sccvae.model import AE, CVAE, IDEC, VAE
 
 N = 48
 
@@ -280,6 +280,31 @@ def test_nan_in_a_category_of_new_data(adata):
     other.obs["batch"] = pd.Categorical(["a"] * (N - 1) + [None], categories=["a", "b"])
     with pytest.raises(ValueError, match=r"obs\['batch'\] is missing \(NaN\) in 1 cells"):
         model.get_latent_representation(other)
+
+
+@pytest.mark.parametrize("cls", [VAE, AE, IDEC])
+def test_conditions_that_a_model_does_not_read(cls, caplog, tmp_path):
+    """It says so, once, and asks no new cells for them."""
+    setup = {"batch_key": "batch", "continuous_covariate_keys": ["dose"]}
+    options = {VAE: {"likelihood": "normal"}, AE: {}, IDEC: {"n_components": 2}}
+    model = make(toy_values(), cls, setup=setup, **options[cls])
+    said = r"takes no account of obs['batch', 'dose'] and removes no batch effect; a CVAE or GMVAE does."
+    assert caplog.text.count(said) == 1
+    model.save(tmp_path / "model")
+    other, without = toy_values(), toy_values()
+    other.obs["batch"] = "new"
+    del without.obs["batch"], without.obs["dose"]
+    z = model.get_latent_representation()
+    for cells in (other, without):
+        assert (model.get_latent_representation(cells) == z).all()
+        loaded = cls.load(tmp_path / "model", cells)
+        assert (loaded.get_latent_representation() == z).all()
+        if cls is not IDEC:
+            query = model.load_query(cells)
+            assert query.query_report["new_categories"] == {}
+            assert (query.get_latent_representation() == z).all()
+    loaded.train(**FAST)
+    assert caplog.text.count(said) == 1
 
 
 def test_no_condition_at_all(adata):

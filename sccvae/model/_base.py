@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -36,6 +38,8 @@ from sccvae.model._saving import SavingMixin
 from sccvae.model._training import TrainingMixin
 from sccvae.module import Batch, GenerativeModule, InputDropout
 from sccvae.train import batch_effects, default_sizes
+
+logger = logging.getLogger(__name__)
 
 #: Values of a mini-batch when nothing is trained, zeros among them: 8 MB; and how few and how many cells it may have.
 INFERENCE_VALUES, FEWEST, MOST = 2**21, 128, 4_096
@@ -68,6 +72,8 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         What generation needs to know of the training data: quantiles of the library size, combinations of conditions.
     """
 
+    _reads_conditions = True
+
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Look at the names of arguments first."""
         check_names(cls.__name__, options, inspect.signature(cls.__init__).parameters, like="a model")
@@ -86,6 +92,10 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         self._looked_at: tuple[weakref.ref[AnnData], DiskMatrix] | None = None
         if adata is not None:
             self._start_at_data(self._store(adata))
+            unread = [*self.schema.categories, *self.schema.continuous]
+            if unread and not self._reads_conditions:
+                text = "A %s takes no account of obs%s and removes no batch effect; a CVAE or GMVAE does."
+                logger.warning(text, type(self).__name__, unread)
             if self.settings.get("alignment") and not self._in_use()["alignment"]:
                 msg = (
                     f"alignment={self.settings['alignment']:g} does nothing here: it draws batches together where the "
@@ -94,6 +104,11 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
                 warnings.warn(msg, UserWarning, stacklevel=3)
         self.module.eval()
         self._summarise()
+
+    @property
+    def _read_schema(self) -> Schema:
+        """Where the inputs lie that the module reads."""
+        return self.schema if self._reads_conditions else replace(self.schema, categories={}, continuous=())
 
     def _summarise(self) -> None:
         """Make what ``print(model)`` says."""
@@ -186,7 +201,7 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         """The cells of ``adata`` (None: of the set-up), checked against the likelihood; read now unless from disk."""
         adata = self._given(adata)
         known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is adata else None
-        cells = read_cells(adata, self.schema, data, known)
+        cells = read_cells(adata, self._read_schema, data, known)
         if isinstance(cells.x, DiskMatrix):
             self._looked_at = weakref.ref(adata), cells.x
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
@@ -200,7 +215,9 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
     def _start_at_data(self, store: CellStore) -> None:
         """Note what generation needs, and start output heads and covariate scales at the training data."""
         cells = store.cells
-        combinations, counts = np.unique(cells.codes, axis=0, return_counts=True)
+        codes = [self.schema.codes(key, self.adata.obs[key]) for key in self.schema.categories]
+        codes = np.stack(codes, 1) if codes else cells.codes
+        combinations, counts = np.unique(codes, axis=0, return_counts=True)
         self.reference |= {
             "library_quantiles": np.quantile(cells.library, np.linspace(0, 1, 101)).tolist(),
             "codes": combinations.tolist(),

@@ -283,7 +283,7 @@ class MappingMixin(TransferMixin):
         given = self._given(adata)
         if not self.is_query or (present := measured(given, self.schema)).all():
             return super()._store(adata, data)
-        cells = read_measured(given, self.schema, present)
+        cells = read_measured(given, self._read_schema, present)
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
         check_support(cells, self.module.likelihood.support, where)
         if self.schema.size_factor_key is not None:
@@ -305,7 +305,7 @@ class MappingMixin(TransferMixin):
     def _new_categories(self, adata: AnnData) -> dict[str, list[Any]]:
         """Categories of each condition that the reference does not have, by ``obs`` column."""
         found = {}
-        for key, known in self.schema.categories.items():
+        for key, known in self._read_schema.categories.items():
             if key not in adata.obs:
                 msg = (
                     f"The reference was set up with obs[{key!r}], which the query lacks; its columns are "
@@ -381,6 +381,8 @@ class MappingMixin(TransferMixin):
 
     def _note_combinations(self, store: CellStore) -> None:
         """Add the query's combinations of conditions to those that generation draws from."""
+        if not self._reads_conditions:
+            return
         combinations, counts = np.unique(store.cells.codes, axis=0, return_counts=True)
         known = [tuple(codes) for codes in self.reference["codes"]]
         for codes, share in zip(combinations.tolist(), counts / counts.sum(), strict=True):

@@ -25,6 +25,7 @@ JSON_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "weights.safetensors", "READM
 #: In format 1 the weights of :class:`sccvae.nn.Linear`, which end so, lay by output.
 FORMAT, BY_OUTPUT = 2, 1
 TURNED = (".linear.weight", "latent.weight")
+CONDITIONS = ("batch_key", "categorical_covariate_keys", "continuous_covariate_keys")
 KEYS = {"class", "settings", "seed", "trained", "registry", "reference", "history", "splits"}
 
 
@@ -164,9 +165,12 @@ class SavingMixin:
                 "`adata = adata[:, model.schema.var_names].copy()`, or load without adata and pass it to the methods."
             )
             raise ValueError(msg)
+        setup = self.registry_["setup_args"]
+        if not self._reads_conditions:
+            setup = {k: v for k, v in setup.items() if k not in CONDITIONS}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the set-up: they came up when it was made
-            type(self).setup_anndata(adata, **self.registry_["setup_args"], source_registry=self.registry_)
+            type(self).setup_anndata(adata, **setup, source_registry=self.registry_)
         self._adata = adata
         self._adata_manager = self._get_most_recent_anndata_manager(adata, required=True)
         self._register_manager_for_instance(self._adata_manager)
