@@ -168,12 +168,12 @@ def with_known_names(function: Callable) -> Callable:
     trainer = inspect.signature(Trainer.__init__).parameters.keys() - INSTEAD["train"].keys() - {"self"}
 
     @wraps(function)
-    def checked(self: Any, *args: Any, **options: Any) -> Any:
+    def checked(*args: Any, **options: Any) -> Any:
         options = _in_our_words(options)
-        outer = getattr(type(self), function.__name__, function)  # a model may have arguments of its own
+        outer = getattr(type(args[0]), function.__name__, function) if args else function  # a model may have its own
         known = {*own, *inspect.signature(outer).parameters, *trainer, "cuda_graphs"} - {"options", "trainer_options"}
         check_names(function.__name__, options, known, like="train")
-        return function(self, *args, **options)
+        return function(*args, **options)
 
     return checked
 

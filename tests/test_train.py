@@ -320,7 +320,8 @@ def test_progress_bar_counts_cells(capsys, tmp_path):
 
 def test_scvi_tools_name_of_the_progress_bar(capsys):
     for shown in (False, True):
-        fit(an_ae(), a_store(), TRAIN, VALIDATION, max_epochs=1, accelerator="cpu", enable_progress_bar=shown)
+        rows = {"train_rows": TRAIN, "validation_rows": VALIDATION}
+        fit(module=an_ae(), store=a_store(), **rows, max_epochs=1, accelerator="cpu", enable_progress_bar=shown)
         assert ("cells/s" in capsys.readouterr().err) == shown
 
 
