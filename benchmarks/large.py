@@ -77,7 +77,7 @@ def alone(part: str, way: str, file: str, epochs: str) -> None:
         adata.obs["half"] = np.where(np.arange(adata.n_obs) % 2, "a", "b")
         CVAE.setup_anndata(adata, batch_key="half")
         model = CVAE(adata, **WIDTH)
-        model.train(1, train_size=1.0, data=data, limit_train_batches=2, **QUIET)
+        model.train(1, train_size=0.02, validation_size=0.0, data=data, **QUIET)
         made = peak()
         with tempfile.TemporaryDirectory(dir=Path(file).parent) as folder:
             start = time.perf_counter()

@@ -12,7 +12,7 @@ from _models import FAST, TINY
 from _toys import toy_counts, toy_values
 from scipy import sparse
 
-from sccvae.model import AE, CVAE, VAE
+from sccvae.model import AE, CVAE, IDEC, VAE
 
 N = 48
 
@@ -232,12 +232,14 @@ def test_genes_reordered_in_new_data(adata):
 # Batches and covariates
 
 
-def test_one_batch_only_warns_and_works(adata):
+def test_one_batch_only_warns_and_works(adata, tmp_path):
     adata.obs["batch"] = "only"
     with pytest.warns(UserWarning, match=r"obs\['batch'\] has a single category: .*acts as a VAE"):
         model = make(adata, train=False)
     model.train(**FAST)
     works(model)
+    model.save(tmp_path / "model")
+    CVAE.load(tmp_path / "model", adata)  # known by now: no warning
 
 
 def test_a_batch_of_one_cell_works(adata):
@@ -330,6 +332,31 @@ def test_nan_in_a_category_of_new_data(adata):
     other.obs["batch"] = pd.Categorical(["a"] * (N - 1) + [None], categories=["a", "b"])
     with pytest.raises(ValueError, match=r"obs\['batch'\] is missing \(NaN\) in 1 cells"):
         model.get_latent_representation(other)
+
+
+@pytest.mark.parametrize("cls", [VAE, AE, IDEC])
+def test_conditions_that_a_model_does_not_read(cls, caplog, tmp_path):
+    """It says so, once, and asks no new cells for them."""
+    setup = {"batch_key": "batch", "continuous_covariate_keys": ["dose"]}
+    options = {VAE: {"likelihood": "normal"}, AE: {}, IDEC: {"n_components": 2}}
+    model = make(toy_values(), cls, setup=setup, **options[cls])
+    said = r"takes no account of obs['batch', 'dose'] and removes no batch effect; a CVAE or GMVAE does."
+    assert caplog.text.count(said) == 1
+    model.save(tmp_path / "model")
+    other, without = toy_values(), toy_values()
+    other.obs["batch"] = "new"
+    del without.obs["batch"], without.obs["dose"]
+    z = model.get_latent_representation()
+    for cells in (other, without):
+        assert (model.get_latent_representation(cells) == z).all()
+        loaded = cls.load(tmp_path / "model", cells)
+        assert (loaded.get_latent_representation() == z).all()
+        if cls is not IDEC:
+            query = model.load_query(cells)
+            assert query.query_report["new_categories"] == {}
+            assert (query.get_latent_representation() == z).all()
+    loaded.train(**FAST)
+    assert caplog.text.count(said) == 1
 
 
 def test_no_condition_at_all(adata):
@@ -531,6 +558,52 @@ def test_a_last_mini_batch_of_one_cell(adata):
     works(model)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonsense": 3}, r"train\(\) has no argument 'nonsense', and neither has lightning.Trainer\.$"),
+        ({"patiense": 3}, r"'patiense', and neither has lightning.Trainer; did you mean 'patience'"),
+        ({"guide": "donor"}, "no argument 'guide'"),
+        ({"plan_kwargs": {"n_epochs_kl_warmup": 9}}, "no argument 'n_epochs_kl_warmup': set kl_warmup="),
+        ({"plan_kwargs": {"lr": 0.1}, "lr": 0.2}, "lr= is given two values.*plan_kwargs"),
+        ({"trainer_config": "fast"}, "'trainer_config': give a dictionary"),
+        ({"limit_train_batches": 2}, "chunk of many mini-batches here; for fewer cells lower train_size="),
+        ({"max_steps": 9}, "'max_steps'.*set max_epochs="),
+        ({"use_gpu": True}, "'use_gpu': set accelerator="),
+    ],
+)
+def test_arguments_of_train_that_are_not_ours(adata, options, message):
+    """Before anything is read or set; Lightning would take some in another sense."""
+    model = make(adata, train=False)
+    with pytest.raises(TypeError, match=message):
+        model.train(**FAST, **options)
+    assert model.train_indices is None
+    assert model.history is None
+
+
+def test_names_of_scvi_tools_that_mean_the_same(adata, capsys):
+    quiet = {k: v for k, v in FAST.items() if k != "progress_bar"} | {"enable_progress_bar": False}
+    histories = []
+    for options in (
+        {"lr": 0.02, "weight_decay": 0.1, "patience": 1, "kl_warmup": 0.0},
+        {"plan_kwargs": {"lr": 0.02, "weight_decay": 0.1}, "early_stopping_patience": 1, "kl_warmup": 0.0}
+        | {"train_size": None, "datasplitter_kwargs": None},
+    ):
+        model = make(adata, train=False)
+        model.train(**quiet, **options)
+        histories.append(model.history)
+    assert "cells/s" not in capsys.readouterr().err
+    assert all(histories[0][name].equals(frame) for name, frame in histories[1].items())
+
+
+@pytest.mark.parametrize("options", [{"patience": 3}, {"early_stopping": True}])
+def test_early_stopping_without_held_out_cells(adata, options):
+    model = make(adata, train=False)
+    with pytest.warns(UserWarning, match=r"No cells are held out.*Pass train_size=0\.9"):
+        model.train(**FAST, train_size=1.0, **options)
+    model.train(**FAST, train_size=1.0)
+
+
 def test_two_cells():
     with pytest.warns(UserWarning, match="fewer than 3 cells"):  # scvi-tools' own
         model = make(toy_counts(2), train=False)
@@ -579,6 +652,37 @@ def test_many_genes_of_few_cells_are_warned_of(cells, genes, warns):
 def test_unknown_options(adata, options, message):
     with pytest.raises(ValueError, match=message):
         make(adata, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout_rate": 0.1}, r"CVAE\(\) has no argument 'dropout_rate': set dropout="),
+        ({"gene_likelihood": "nb"}, "'gene_likelihood': set likelihood="),
+        ({"use_layer_norm": "both"}, "'use_layer_norm': set norm="),
+        ({"batch_key": "batch"}, "'batch_key': it is one of setup_anndata"),
+        ({"n_hiden": 8}, "'n_hiden'; did you mean 'n_hidden'"),
+    ],
+)
+def test_arguments_of_a_model_that_are_not_ours(adata, options, message):
+    with pytest.raises(TypeError, match=message):
+        make(adata, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior": "fixed", "n_components": 50}, "n_components=50 does nothing with prior='fixed'"),
+        ({"prior": "learned", "alignment": 100}, "alignment=100 does nothing here"),
+    ],
+)
+def test_options_that_do_nothing_are_warned_of_once(adata, options, message, tmp_path):
+    with pytest.warns(UserWarning, match=message) as found:
+        model = make(adata, train=False, **options)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    model.save(tmp_path / "model")
+    CVAE.load(tmp_path / "model", toy_counts())
 
 
 def test_unknown_noise():

@@ -24,6 +24,7 @@ LONGEST_FILE = 420
 # room: (rooms it may import, packages it may import beside the standard library). Late imports count as well.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "_compiled": (set(), {"numba", "torch"}),
+    "_names": (set(), {"lightning"}),
     "_recording": ({"_rows"}, {"torch"}),
     "_rows": ({"_compiled", "_rows_gpu", "_rows_loops"}, {"numpy", "torch"}),
     "_rows_gpu": (set(), {"torch", "triton"}),
@@ -37,11 +38,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "datasets": (set(), {"anndata", "numpy", "pandas", "pooch", "scanpy", "scipy", "sklearn", "tqdm"}),
     "train": (
-        {"_recording", "data", "distributions", "module", "nn"},
+        {"_names", "_recording", "data", "distributions", "module", "nn"},
         {"igraph", "lightning", "numpy", "pandas", "safetensors", "scipy", "scvi", "sklearn", "torch", "tqdm"},
     ),
     "model": (
-        {"data", "datasets", "distributions", "module", "nn", "train"},
+        {"_names", "data", "datasets", "distributions", "module", "nn", "train"},
         {"anndata", "lightning", "numpy", "pandas", "rich", "safetensors", "scipy", "scvi", "sklearn", "torch", "tqdm"},
     ),
     "metrics": (set(), {"anndata", "numpy", "pandas", "scib_metrics", "scipy", "sklearn"}),

@@ -168,9 +168,11 @@ def test_without_new_categories_there_is_nothing_to_train(cvae, caplog):
     query = cvae.load_query(same)
     assert query.is_trained
     assert np.array_equal(query.get_latent_representation(), cvae.get_latent_representation(same))
-    with caplog.at_level(logging.INFO, "sccvae"):
-        query.train(**FAST)
+    with pytest.raises(TypeError, match="no argument 'nonsense'"):
+        query.train(nonsense=3)
+    query.train(**FAST)
     assert "nothing to train" in caplog.text
+    assert query.history == {}
     autoencoder = make(AE, toy_values())
     values = toy_values(20, seed=5)
     values.obs["batch"] = "new"
@@ -360,12 +362,31 @@ def test_refusals(cvae):
     query = cvae.load_query(query_of())
     with pytest.raises(ValueError, match=r"weight_decay would shrink the frozen weights.*freeze=False"):
         query.train(**FAST, weight_decay=0.1)
+    with pytest.raises(ValueError, match="at least 1"):
+        query.train(**FAST | {"max_epochs": 0}, plan_kwargs={"weight_decay": 0.0})
+    assert query.train_indices is None
+    with pytest.warns(UserWarning, match=r"No cells are held out.*train_size=0\.9"):
+        query.train(**FAST, patience=3)
     with pytest.raises(ValueError, match="not made by load_query"):
         _ = cvae.query_report
     with pytest.raises(TypeError, match=r"The reference is a CVAE: call CVAE.load_query_data"):
         VAE.load_query_data(query_of(), cvae)
     with pytest.raises(ValueError, match=r"without labels_key.*train it to transfer labels"):
         query.transfer_labels()
+    with pytest.raises(TypeError, match=r"'unfrozen': freeze=False"):
+        CVAE.load_query_data(query_of(), cvae, unfrozen=True)
+
+
+def test_a_query_needs_no_preparation(cvae):
+    """What scvi-tools does beforehand is done by load_query."""
+    cells = query_of(genes=slice(0, 8))
+    assert CVAE.prepare_query_anndata(cells, cvae) is None
+    assert CVAE.prepare_query_anndata(cells, cvae, inplace=False) is cells
+    assert cells.n_vars == 8
+    genes = CVAE.prepare_query_anndata(cells, cvae, return_reference_var_names=True)
+    assert genes.tolist() == cvae.schema.var_names.tolist()
+    with pytest.raises(ValueError, match="fewer than 50%"):
+        CVAE.prepare_query_anndata(query_of(genes=slice(0, 5)), cvae)
 
 
 # On disk
@@ -612,6 +633,8 @@ def test_gmvae_transfers_by_its_classes():
     cells.obs.loc[cells.obs["type"] == "x", "type"] = "of no reference"
     query = model.load_query(cells)
     assert query.query_report["unknown_labels"] == ["of no reference"]
+    with pytest.raises(ValueError, match=r"guide= starts clusters.*leave it out"):
+        query.train(**FAST, guide="type")
     query.train(**FAST)
     assert query.reference["component_shares"] == shares
     table = query.transfer_labels()

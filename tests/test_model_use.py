@@ -225,6 +225,30 @@ def test_scvi_tools_registry_works(capsys):
     assert model.adata_manager.get_state_registry("labels")["categorical_mapping"].tolist() == ["d1", "d2", "d3"]
 
 
+def test_the_set_up_of_a_model_without_a_registered_anndata(capsys, tmp_path):
+    """A query and a model that was loaded without data have no manager, only a registry."""
+    model = make(CVAE, toy_counts())
+    model.save(tmp_path / "model")
+    cells = toy_counts(20)
+    cells.obs["batch"] = "new"
+    query = model.load_query(cells)
+    assert (query.summary_stats["n_cells"], query.summary_stats["n_batch"]) == (20, 3)
+    assert model.summary_stats["n_cells"] == model.adata.n_obs
+    for other, last in ((query, "new"), (CVAE.load(tmp_path / "model"), "b")):
+        other.view_anndata_setup()
+        shown = capsys.readouterr().out
+        assert "adata.obs['batch']" in shown
+        assert last in shown
+        with pytest.raises(ValueError, match="registered no AnnData"):
+            other.deregister_manager()
+    model.deregister_manager()
+    CVAE.view_setup_args(tmp_path / "model")
+    assert "'batch_key': 'batch'" in capsys.readouterr().out
+    assert CVAE.load_registry(tmp_path / "model")["setup_args"]["batch_key"] == "batch"
+    with pytest.raises(NotImplementedError, match="load reads every format"):
+        CVAE.convert_legacy_save(tmp_path / "model", tmp_path / "new")
+
+
 def test_images_keep_their_shape():
     adata = toy_values()
     adata.uns["image_shape"] = np.array([3, 4])

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _models import CASES, trained
-from _toys import totals
+from _models import CASES, make, trained
+from _toys import totals, toy_counts
 from scipy import sparse
 
-from sccvae.model import AE, IDEC
+from sccvae.model import AE, CVAE, IDEC
 
 N, G = 48, 12
 
@@ -142,6 +142,19 @@ def test_description(model, capsys):
     assert "n_latent=2" in text
     assert f"p: {model.module.factors.p} q: {model.module.factors.q}" in text
     assert torch.device(model.device) == next(model.module.parameters()).device
+
+
+def test_description_has_what_is_in_use():
+    """Not the None that asks for a default, nor what does nothing."""
+    models = [make(CVAE, toy_counts(), train=False, prior=prior) for prior in ("mixture", "fixed", "learned")]
+    mixture, fixed, learned = (model._model_summary_string for model in models)
+    assert "'dispersion': 'gene-batch'" in mixture
+    assert "alignment=3.6" in mixture
+    assert "kl='monte_carlo'" in mixture
+    assert "kl='analytic'" in fixed
+    assert "n_components" not in fixed
+    assert "alignment=0," in learned
+    assert models[0].settings["alignment"] is None
 
 
 def test_latent_distribution(variational):

@@ -29,6 +29,7 @@ from scipy.sparse import csr_matrix
 from sccvae.data import Cells, CellStore
 from sccvae.distributions import Bernoulli
 from sccvae.module import AE, VAE
+from sccvae.train import checkpoint
 from sccvae.train.checkpoint import FILE_NAME
 
 # Ctrl-C
@@ -233,6 +234,30 @@ def test_resuming_with_another_number_of_cells_is_refused(tmp_path):
     train(an_ae(), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=r"other settings .*'n_train': \(30, 29\)"):
         train(an_ae(), TRAIN[:29], checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["library", "codes", "covariates"])
+def test_resuming_with_other_cells_is_refused(name, tmp_path):
+    """As many cells of the same genes: their library sizes and conditions tell them apart."""
+    first, other = a_store(), a_store()
+    for store in (first, other):
+        store.cells.codes, store.cells.covariates = np.zeros((N, 1), np.int64), np.zeros((N, 1), np.float32)
+    train(an_ae(), store=first, checkpoint_dir=tmp_path)
+    getattr(other.cells, name)[3] += 1
+    with pytest.raises(
+        ValueError, match="other settings .*" + ("library sizes" if name == "library" else "conditions")
+    ):
+        train(an_ae(), store=other, checkpoint_dir=tmp_path)
+    train(an_ae(), store=first, checkpoint_dir=tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path, monkeypatch):
+    """It does not say of which cells it is."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(checkpoint, "FORMAT", 2)
+        train(an_ae(), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"has training format 2; this sccvae reads format 3\. Delete it, or choose"):
+        train(an_ae(), checkpoint_dir=tmp_path)
 
 
 @pytest.mark.parametrize("other", [lambda: AE(G, n_latent=3, n_hidden=4), lambda: a_vae()])

@@ -217,6 +217,16 @@ def test_attached_data_must_fit(trained, saved):
         CVAE.load(saved, other)
 
 
+def test_attached_data_are_not_warned_of(tmp_path):
+    """What a set-up is warned of is about the training data: of a part of them donors can be those of the batches."""
+    adata, setup = toy_counts(), {"batch_key": "batch", "categorical_covariate_keys": ["donor"]}
+    make(adata=adata, setup=setup).save(tmp_path / "model")
+    part = adata[((adata.obs["batch"] == "a") == (adata.obs["donor"] == "d1")).to_numpy()].copy()
+    with pytest.warns(UserWarning, match="donor"):
+        CVAE.setup_anndata(part.copy(), **setup)
+    assert CVAE.load(tmp_path / "model", part).adata is part
+
+
 def test_without_data_the_methods_say_what_to_do(saved):
     loaded = CVAE.load(saved)
     for name in ("get_latent_representation", "get_normalized_expression", "get_elbo"):
@@ -335,6 +345,22 @@ def test_no_model_there(tmp_path, saved):
     (saved / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no saved sccvae model"):
         models.load(saved)
+
+
+def test_names_of_scvi_tools(trained, saved, tmp_path):
+    assert CVAE.load(dir_path=saved, adata=False).adata is None
+    assert models.load(saved, adata=False).adata is None
+    with pytest.raises(TypeError, match="adata must be an AnnData object, not str"):
+        CVAE.load(saved, "cells.h5ad")
+    with pytest.raises(TypeError, match=r"save\(\) has no argument 'save_anndata': cells are not saved"):
+        trained.save(tmp_path / "other", save_anndata=True)
+    for load in (CVAE.load, models.load):
+        with pytest.raises(TypeError, match=r"load\(\) has no argument 'device': .*to_device"):
+            load(saved, device="cpu")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\['model.pt'\], a model of scvi-tools, which sccvae cannot read"):
+        models.load(tmp_path / "theirs")
 
 
 # Whole or not at all

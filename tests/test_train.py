@@ -16,6 +16,7 @@ from _training import (
     N,
     Raise,
     Scramble,
+    a_store,
     a_vae,
     an_ae,
     same,
@@ -29,7 +30,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProg
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_sizes
+from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_sizes, fit
 
 # History
 
@@ -196,6 +197,12 @@ def test_early_stopping_waits_for_its_patience():
     assert square_error(ae) == pytest.approx(errors.min(), rel=1e-5)
 
 
+def test_patience_counts_epochs_not_validations():
+    options = {"max_epochs": 100, "callbacks": [Scramble(6)], "patience": 6, "kl_warmup": 0.0}
+    elbo = train(an_ae(), check_val_every_n_epoch=3, **options).history["elbo_validation"]["elbo_validation"]
+    assert len(elbo) == elbo.idxmin() + 6 + 1
+
+
 def test_patience_does_not_count_during_the_kl_warmup():
     result = train(an_ae(), max_epochs=20, callbacks=[Scramble(2)], patience=1, kl_warmup=0.5)
     assert len(result.history["kl_weight"]) == 11
@@ -309,6 +316,20 @@ def test_progress_bar_counts_cells(capsys, tmp_path):
     assert "cells/s" in shown
     assert "train=" in shown
     assert "validation=" in shown
+
+
+def test_scvi_tools_name_of_the_progress_bar(capsys):
+    for shown in (False, True):
+        rows = {"train_rows": TRAIN, "validation_rows": VALIDATION}
+        fit(module=an_ae(), store=a_store(), **rows, max_epochs=1, accelerator="cpu", enable_progress_bar=shown)
+        assert ("cells/s" in capsys.readouterr().err) == shown
+
+
+def test_arguments_that_count_lightnings_batches_are_refused():
+    for name in ("limit_val_batches", "max_steps", "fast_dev_run", "val_check_interval", "overfit_batches"):
+        with pytest.raises(TypeError, match=f"'{name}': to Lightning one batch is a chunk of many mini-batches here"):
+            train(an_ae(), **{name: 1})
+    train(an_ae(), max_epochs=1, enable_model_summary=False, min_epochs=1)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

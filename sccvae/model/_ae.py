@@ -46,6 +46,8 @@ class AE(LatentMixin, CorrectionMixin, PerturbationMixin, MappingMixin, BaseMode
     >>> adata.obsm["X_ae"] = model.get_latent_representation()
     """
 
+    _reads_conditions = False
+
     def __init__(
         self,
         adata: AnnData | None = None,

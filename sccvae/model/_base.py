@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
-import rich.pretty  # noqa: F401  scvi-tools' view_anndata_setup uses it without importing it
 import torch
 from anndata import AnnData
-from lightning import Callback
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
+from sccvae._names import check_names
 from sccvae.data import (
     CellStore,
     ChunkLoader,
@@ -29,13 +30,14 @@ from sccvae.data import (
     check_support,
     read_cells,
     row_numbers,
-    split_indices,
     zero_share,
 )
 from sccvae.distributions import ZINB, NegativeBinomial
+from sccvae.model._registry import RegistryMixin
 from sccvae.model._saving import SavingMixin
+from sccvae.model._training import TrainingMixin
 from sccvae.module import Batch, GenerativeModule, InputDropout
-from sccvae.train import TrainingResult, batch_effects, default_sizes, fit
+from sccvae.train import batch_effects, default_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,11 @@ logger = logging.getLogger(__name__)
 INFERENCE_VALUES, FEWEST, MOST = 2**21, 128, 4_096
 
 
-class BaseModel(SavingMixin, BaseModelClass, ABC):
+class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
     """Base of all sccvae models; it stands on scvi-tools' registry, so ``view_anndata_setup`` and friends work.
 
-    Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and
-    nothing else.
+    Of scvi-tools' base class it replaces ``__init__``, ``setup_anndata``, ``train``, ``save`` and ``load``, and what
+    reads saved models or needs a registered AnnData, and nothing else.
 
     Parameters
     ----------
@@ -70,6 +72,13 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         What generation needs to know of the training data: quantiles of the library size, combinations of conditions.
     """
 
+    _reads_conditions = True
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Look at the names of arguments first."""
+        check_names(cls.__name__, options, inspect.signature(cls.__init__).parameters, like="a model")
+        return super().__new__(cls)
+
     def __init__(self, adata: AnnData | None, registry: dict | None, seed: int, settings: dict[str, Any]) -> None:
         super().__init__(adata, registry)
         self.seed = int(seed)
@@ -83,13 +92,37 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         self._looked_at: tuple[weakref.ref[AnnData], DiskMatrix] | None = None
         if adata is not None:
             self._start_at_data(self._store(adata))
+            unread = [*self.schema.categories, *self.schema.continuous]
+            if unread and not self._reads_conditions:
+                text = "A %s takes no account of obs%s and removes no batch effect; a CVAE or GMVAE does."
+                logger.warning(text, type(self).__name__, unread)
+            if self.settings.get("alignment") and not self._in_use()["alignment"]:
+                msg = (
+                    f"alignment={self.settings['alignment']:g} does nothing here: it draws batches together where the "
+                    "decoder knows them (batch_key or a categorical covariate; not with prior='learned')."
+                )
+                warnings.warn(msg, UserWarning, stacklevel=3)
         self.module.eval()
         self._summarise()
 
+    @property
+    def _read_schema(self) -> Schema:
+        """Where the inputs lie that the module reads."""
+        return self.schema if self._reads_conditions else replace(self.schema, categories={}, continuous=())
+
     def _summarise(self) -> None:
         """Make what ``print(model)`` says."""
-        text = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
+        text = ", ".join(f"{k}={v:g}" if type(v) is float else f"{k}={v!r}" for k, v in self._in_use().items())
         self._model_summary_string = f"sccvae {type(self).__name__}({text})\n{self.module.factors}"
+
+    def _in_use(self) -> dict[str, Any]:
+        """The settings as the module takes them: what None stands for, and without what does nothing."""
+        found = dict(self.settings)
+        if found.get("likelihood", "") is None:
+            found["likelihood"] = self.module.likelihood.config
+        if "alignment" in found:
+            found["alignment"] = float(self.module.alignment.weight)
+        return found
 
     @abstractmethod
     def _make_module(self) -> GenerativeModule:
@@ -153,143 +186,22 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
         manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
 
-    def train(
-        self,
-        max_epochs: int | None = None,
-        *,
-        batch_size: int = 128,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        kl_weight: float = 1.0,
-        kl_warmup: float = 0.2,
-        train_size: float = 0.9,
-        validation_size: float | None = None,
-        data: Literal["auto", "disk", "memory"] = "auto",
-        early_stopping: bool = True,
-        patience: int | None = None,
-        accelerator: str = "auto",
-        devices: int | list[int] = 1,
-        checkpoint_dir: str | Path | None = None,
-        seed: int = 0,
-        progress_bar: bool = True,
-        callbacks: Sequence[Callback] = (),
-        **trainer_options: Any,
-    ) -> None:
-        """Train on the cells of the set-up; ends with the weights of the best validation epoch.
-
-        Ctrl-C ends it cleanly with the current weights. With ``checkpoint_dir`` a later call goes on where it stopped.
-
-        Parameters
-        ----------
-        max_epochs
-            Passes over the training cells; None for about 6,000 optimiser steps (20 to 400 epochs).
-        batch_size
-            Most cells of a mini-batch.
-        lr, weight_decay
-            Of AdamW; the learning rate falls along a cosine over all steps.
-        kl_weight, kl_warmup
-            Target of the KL weight (1 is the ELBO), and the share of all steps after which it is reached.
-        train_size, validation_size
-            Shares of the cells; ``validation_size=None`` takes the rest.
-        data
-            For an AnnData whose values are on disk: ``"memory"`` reads them all first, ``"disk"`` reads shuffled blocks
-            of cells in every epoch (needs ``pip install 'sccvae[ondisk]'``), and ``"auto"`` reads them into memory if
-            that takes at most half of what is free, and logs what it chose.
-        early_stopping, patience
-            Stop when the negative ELBO of the validation cells has not fallen for ``patience`` epochs.
-        accelerator, devices
-            As for ``lightning.Trainer``; ``"auto"`` takes an NVIDIA GPU or the CPU.
-        checkpoint_dir
-            Folder for the state of the training after every epoch; a later call with the same settings, of this method
-            and of the model, goes on from there. A folder is for one model.
-        seed
-            Of the split, the mini-batch order and the noise; the same seed and device give the same bits.
-        progress_bar
-            Show epoch, losses and cells per second.
-        callbacks
-            More Lightning callbacks.
-        **trainer_options
-            For ``lightning.Trainer``, for example ``logger=``; ``max_time`` and ``cuda_graphs`` as for
-            :func:`sccvae.train.fit`.
-
-        Raises
-        ------
-        ValueError
-            If the model has no data, options do not fit, or the data cannot be described by the likelihood.
-        FloatingPointError
-            If the loss stops being finite; the model then has its best weights.
-        """
-        store = self._training_store(data)
-        before = self.train_indices, self.validation_indices, self.test_indices
-        self.train_indices, self.validation_indices, self.test_indices = split_indices(
-            len(store), train_size, validation_size, seed
-        )
-        try:
-            result = self._fit(
-                store,
-                max_epochs=max_epochs,
-                batch_size=batch_size,
-                lr=lr,
-                weight_decay=weight_decay,
-                kl_weight=kl_weight,
-                kl_warmup=kl_warmup,
-                early_stopping=early_stopping,
-                patience=patience,
-                accelerator=accelerator,
-                devices=devices,
-                checkpoint_dir=checkpoint_dir,
-                seed=seed,
-                progress_bar=progress_bar,
-                callbacks=callbacks,
-                settings=self._made_with | {"setup": self.registry_["setup_args"]},
-                **trainer_options,
-            )
-        except BaseException:  # the split belongs to the weights: those of before stay
-            self.train_indices, self.validation_indices, self.test_indices = before
-            raise
-        self._finish_training(result)
-
-    def _fit(self, store: CellStore, **options: Any) -> TrainingResult:
-        """Train the module on ``train_indices``: where a model that trains in phases comes in."""
-        self._find_kinds(store)
-        return fit(self.module, store, self.train_indices, self.validation_indices, **options)
-
-    def _find_kinds(self, store: CellStore) -> None:
-        """Kinds of cells for the alignment, of a model that was loaded: its files do not hold them."""
-        if self._aligns_kinds and self.module.kinds is None:
-            depth = float(self.module.likelihood.depth)
-            self.module.kinds = batch_effects(store, self.schema.n_categories[0], depth=depth)[1]
-
-    def _training_store(self, data: str = "auto") -> CellStore:
-        if self.adata is None:
-            msg = (
-                f"This model was loaded without data. Load it with `{type(self).__name__}.load(folder, "
-                "adata=adata)` to train."
-            )
-            raise ValueError(msg)
-        return self._store(self.adata, data)
-
-    def _finish_training(self, result: TrainingResult) -> None:
-        if result.trainer is not None:
-            self.module.to(result.trainer.strategy.root_device)
-        self.trainer = result.trainer
-        self.history_ = result.history
-        self._summarise()
-        self.reference["kept_epoch"] = result.kept
-        self.is_trained = True
-
     def _given(self, adata: AnnData | None) -> AnnData:
         """``adata``, or that of the set-up."""
         if adata is None and self.adata is None:
             msg = "This model was loaded without data; pass adata=."
             raise ValueError(msg)
-        return self.adata if adata is None else adata
+        adata = self.adata if adata is None else adata
+        if not isinstance(adata, AnnData):
+            msg = f"adata must be an AnnData object, not {type(adata).__name__}."
+            raise TypeError(msg)
+        return adata
 
     def _store(self, adata: AnnData | None, data: str = "disk") -> CellStore:
         """The cells of ``adata`` (None: of the set-up), checked against the likelihood; read now unless from disk."""
         adata = self._given(adata)
         known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is adata else None
-        cells = read_cells(adata, self.schema, data, known)
+        cells = read_cells(adata, self._read_schema, data, known)
         if isinstance(cells.x, DiskMatrix):
             self._looked_at = weakref.ref(adata), cells.x
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
@@ -303,7 +215,9 @@ class BaseModel(SavingMixin, BaseModelClass, ABC):
     def _start_at_data(self, store: CellStore) -> None:
         """Note what generation needs, and start output heads and covariate scales at the training data."""
         cells = store.cells
-        combinations, counts = np.unique(cells.codes, axis=0, return_counts=True)
+        codes = [self.schema.codes(key, self.adata.obs[key]) for key in self.schema.categories]
+        codes = np.stack(codes, 1) if codes else cells.codes
+        combinations, counts = np.unique(codes, axis=0, return_counts=True)
         self.reference |= {
             "library_quantiles": np.quantile(cells.library, np.linspace(0, 1, 101)).tolist(),
             "codes": combinations.tolist(),

@@ -34,7 +34,7 @@ def model_card(model: BaseModel) -> str:
         "A model saved by sccvae: weights and their description, no cells. Nothing in this folder is pickled.",
         _code(name, model),
         "## Data\n\n" + _table(_data(model)),
-        f"## Model\n\n```text\n{model.module.factors}\n```\n\n" + _table(model.settings | {"seed": model.seed}),
+        f"## Model\n\n```text\n{model.module.factors}\n```\n\n" + _table(model._in_use() | {"seed": model.seed}),
         "## Training\n\n" + _table(_training(model)),
     ]
     if "transfer" in model.reference:

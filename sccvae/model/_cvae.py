@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from anndata import AnnData
@@ -18,6 +18,9 @@ from sccvae.model._latent import VariationalMixin
 from sccvae.model._mapping import MappingMixin
 from sccvae.model._predictive import PredictiveMixin
 from sccvae.model._sampling import SamplingMixin
+
+#: Normals of the mixture, if nothing else is said.
+N_COMPONENTS = 20
 
 
 class CVAE(
@@ -44,7 +47,7 @@ class CVAE(
         learned and shared by all conditions. ``"fixed"``: the same with p(z) = N(0, I). ``"learned"``: p(x|z) p(z|c),
         one blob in z for each condition.
     n_components
-        Number of normals in the mixture.
+        Number of normals in the mixture; of no other prior.
     encode_condition
         q(z|x,c) if true, else q(z|x).
     alignment
@@ -55,7 +58,9 @@ class CVAE(
         As for :class:`VAE`. None for a negative binomial with an offset and a dispersion for each gene and batch
         (without a ``batch_key`` for each gene and category of the first categorical covariate; without either, and with
         the learned prior: ``"nb"``).
-    n_latent, n_hidden, n_layers, kl, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
+    kl
+        As for :class:`VAE`, but for the mixture, which has no analytic KL: there it is ``"monte_carlo"``.
+    n_latent, n_hidden, n_layers, n_samples, activation, norm, dropout, skip, input_dropout, seed, registry
         As for :class:`VAE`.
 
     Examples
@@ -72,7 +77,7 @@ class CVAE(
         adata: AnnData | None = None,
         *,
         prior: Literal["mixture", "fixed", "learned"] = "mixture",
-        n_components: int = 20,
+        n_components: int = N_COMPONENTS,
         encode_condition: bool = True,
         alignment: float | None = None,
         likelihood: str | dict | Likelihood | None = None,
@@ -90,12 +95,25 @@ class CVAE(
         registry: dict | None = None,
     ) -> None:
         super().__init__(adata, registry, seed, settings_of(locals()))
+        if adata is None:  # what is loaded was warned of when it was made
+            return
+        if prior != "mixture" and n_components != N_COMPONENTS:
+            msg = f"n_components={n_components} does nothing with prior={prior!r}: it is of prior='mixture'."
+            warnings.warn(msg, UserWarning, stacklevel=2)
         if not self.schema.continuous and all(n == 1 for n in self.schema.n_categories):
             keys = list(self.schema.categories)
             msg = (
                 f"adata.obs{keys} has a single category: there is no batch effect to model, and the CVAE acts as a VAE."
             )
             warnings.warn(msg, UserWarning, stacklevel=2)
+
+    def _in_use(self) -> dict[str, Any]:
+        found = super()._in_use()
+        if self.module.mixture is None:
+            del found["n_components"]
+        else:
+            found["kl"] = "monte_carlo"
+        return found
 
     def _make_module(self) -> module.CVAE:
         if not self.schema.categories and not self.schema.continuous:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from sccvae.model._sampling import SamplingMixin
 from sccvae.module import PARTED, Batch, InputDropout
 from sccvae.nn import check_sizes
 from sccvae.train import TrainingResult, fit_mixture
+from sccvae.train.checkpoint import digest
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,9 @@ class GMVAE(
             If the loss stops being finite.
         """
         if self.is_query:
+            if guide is not None:
+                msg = "guide= starts clusters, but those of a query are its reference's: leave it out."
+                raise ValueError(msg)
             super().train(max_epochs, **options)
             return
         super().train(max_epochs, guide=None if self.adata is None else self._guide_labels(guide), **options)
@@ -163,7 +166,7 @@ class GMVAE(
     def _fit(self, store: CellStore, *, guide: np.ndarray | None, **options: Any) -> TrainingResult:
         store = CellStore(store.cells, self._label_codes())
         self._find_kinds(store)
-        options["settings"] |= {"guide": _digest(guide), "labels": _digest(store.labels)}
+        options["settings"] |= {"guide": digest(guide), "labels": digest(store.labels)}
         self.reference["chooses_components"] = self._choose_components
         try:
             return fit_mixture(
@@ -252,8 +255,3 @@ class GMVAE(
         p_z = self.module.components(w)
         own = torch.arange(len(rows)), torch.from_numpy(self._drawn[rows])
         return p_z.loc[own] if center else p_z.loc[own] + p_z.scale[own] * torch.randn_like(p_z.loc[own])
-
-
-def _digest(codes: np.ndarray | None) -> str | None:
-    """A short name of these codes (n,), by which a checkpoint tells them from others."""
-    return None if codes is None else hashlib.sha256(codes.astype(np.int64).tobytes()).hexdigest()[:12]

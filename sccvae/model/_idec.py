@@ -45,6 +45,8 @@ class IDEC(ClusteringMixin, LatentMixin, CorrectionMixin, BaseModel):
     >>> adata.obs["idec"] = model.predict()
     """
 
+    _reads_conditions = False
+
     def __init__(
         self,
         adata: AnnData | None = None,

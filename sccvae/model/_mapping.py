@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
 
+from sccvae._names import checks_names, with_known_names
 from sccvae.data import (
     CellStore,
     DiskMatrix,
@@ -27,10 +27,10 @@ from sccvae.data import (
     match,
     measured,
     read_measured,
-    split_indices,
 )
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
+from sccvae.model._registry import extend_registry
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import TransferMixin
 from sccvae.module import Batch, adapt, anchored, grow, new_weights, only_new
@@ -55,6 +55,7 @@ class MappingMixin(TransferMixin):
         """Whether this model was made by :meth:`load_query`."""
         return "mapping" in self.reference
 
+    @partial(checks_names, like="load_query_data")
     def load_query(self, adata: AnnData, *, freeze: bool = True) -> Self:
         """Make a model of the query cells ``adata`` from this trained reference; ``train()`` it next.
 
@@ -105,7 +106,7 @@ class MappingMixin(TransferMixin):
         new = self._new_categories(adata)
         present = self._check_genes(adata)
         registry = _decode(_encode(self.registry_))
-        _extend(registry, new)
+        extend_registry(registry, new, adata.n_obs)
         query = type(self)(registry=registry, seed=self.seed, **self.settings)
         known = self.schema.n_categories
         adapt(query.module)
@@ -133,6 +134,7 @@ class MappingMixin(TransferMixin):
         return query
 
     @classmethod
+    @checks_names
     def load_query_data(cls, adata: AnnData, reference_model: str | Path | BaseModel, *, freeze: bool = True) -> Self:
         """:meth:`load_query` under scvi-tools' name: a class method that takes a model or its folder.
 
@@ -161,6 +163,44 @@ class MappingMixin(TransferMixin):
             raise TypeError(msg)
         return reference.load_query(adata, freeze=freeze)
 
+    @staticmethod
+    def prepare_query_anndata(
+        adata: AnnData,
+        reference_model: str | Path | BaseModel,
+        return_reference_var_names: bool = False,
+        inplace: bool = True,
+    ) -> AnnData | pd.Index | None:
+        """Check the genes of a query, as :meth:`load_query` does; there for scvi-tools' users, and never needed.
+
+        scvi-tools sorts genes and fills missing ones with zeros. Here they are matched by name, and missing ones are
+        masked, so ``adata`` stays as it is.
+
+        Parameters
+        ----------
+        adata
+            Query cells.
+        reference_model
+            The trained reference, or its folder.
+        return_reference_var_names
+            Only give the genes of the reference.
+        inplace
+            Give nothing, rather than ``adata``.
+
+        Returns
+        -------
+        None, ``adata`` itself, or the genes of the reference.
+
+        Raises
+        ------
+        ValueError
+            If too few genes are those of the reference.
+        """
+        reference = load(reference_model) if isinstance(reference_model, str | Path) else reference_model
+        if return_reference_var_names:
+            return pd.Index(reference.schema.var_names)
+        reference._check_genes(adata)
+        return None if inplace else adata
+
     @property
     def query_report(self) -> dict[str, Any]:
         """What :meth:`load_query` found: new categories, missing genes, genes left out, cells without a label."""
@@ -169,6 +209,7 @@ class MappingMixin(TransferMixin):
             raise ValueError(msg)
         return {k: v for k, v in self.reference["mapping"].items() if k not in ("n_known", "freeze", "adapted")}
 
+    @with_known_names
     @wraps(BaseModel.train)
     def train(self, max_epochs: int | None = None, **options: Any) -> None:
         if self.is_query:
@@ -191,8 +232,8 @@ class MappingMixin(TransferMixin):
         mapping = self.reference["mapping"]
         freeze, known = mapping["freeze"], mapping["n_known"]
         if freeze and not new_weights(self.module, known):
-            logger.info("The query has no new categories: there is nothing to train, it is mapped as it is.")
-            self.is_trained = True
+            logger.warning("The query has no new categories: there is nothing to train, it is mapped as it is.")
+            self.history_, self.is_trained = {}, True
             return
         if freeze and options.get("weight_decay"):
             msg = "weight_decay would shrink the frozen weights as well; leave it out, or use load_query(freeze=False)."
@@ -201,18 +242,18 @@ class MappingMixin(TransferMixin):
         store.labels = self._query_labels()
         # The few weights of a category cannot learn cells by heart: all train, unless the user wants to see others.
         train_size = (1.0 if freeze else 0.9) if train_size is None else train_size
-        rows, held_out, rest = split_indices(len(store), train_size, validation_size, seed)
-        self.train_indices, self.validation_indices, self.test_indices = rows, held_out, rest
-        if max_epochs is None:
-            # An epoch shows few cells several times: what an epoch costs beside its steps would be most of the time.
-            rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))
-            max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
-        options = defaults | options | {"max_epochs": max_epochs, "batch_size": batch_size, "seed": seed}
-        options["settings"] = self._made_with
+        options = defaults | options | {"batch_size": batch_size, "seed": seed, "settings": self._made_with}
         labelled = store.labels is not None
-        with only_new(self.module, known, labels=labelled) if freeze else nullcontext(), anchored(self.module):
-            result = fit(self.module, store, rows, held_out, **options)
+        with self._split(len(store), train_size, validation_size, seed):
+            options["early_stopping"] = self._stops_early(options.get("early_stopping"), options.get("patience"))
+            rows = self.train_indices
+            if max_epochs is None:
+                # An epoch shows few cells several times: what it costs beside its steps would be most of the time.
+                rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))
+                max_epochs = math.ceil(STEPS / math.ceil(len(rows) / batch_size))
+            with only_new(self.module, known, labels=labelled) if freeze else nullcontext(), anchored(self.module):
+                result = fit(self.module, store, rows, self.validation_indices, max_epochs=max_epochs, **options)
         super()._finish_training(result)
 
     def _finish_training(self, result: TrainingResult) -> None:
@@ -240,7 +281,7 @@ class MappingMixin(TransferMixin):
         if not self.is_query or (present := measured(given, self.schema)).all():
             return super()._store(adata, data)
         known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is given else None
-        cells = read_measured(given, self.schema, present, data, known)
+        cells = read_measured(given, self._read_schema, present, data, known)
         if isinstance(cells.x, DiskMatrix):
             self._looked_at = weakref.ref(given), cells.x
         where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
@@ -264,7 +305,7 @@ class MappingMixin(TransferMixin):
     def _new_categories(self, adata: AnnData) -> dict[str, list[Any]]:
         """Categories of each condition that the reference does not have, by ``obs`` column."""
         found = {}
-        for key, known in self.schema.categories.items():
+        for key, known in self._read_schema.categories.items():
             if key not in adata.obs:
                 msg = (
                     f"The reference was set up with obs[{key!r}], which the query lacks; its columns are "
@@ -340,6 +381,8 @@ class MappingMixin(TransferMixin):
 
     def _note_combinations(self, store: CellStore) -> None:
         """Add the query's combinations of conditions to those that generation draws from."""
+        if not self._reads_conditions:
+            return
         combinations, counts = np.unique(store.cells.codes, axis=0, return_counts=True)
         known = [tuple(codes) for codes in self.reference["codes"]]
         for codes, share in zip(combinations.tolist(), counts / counts.sum(), strict=True):
@@ -367,22 +410,3 @@ class MappingMixin(TransferMixin):
         if found["unknown_labels"]:
             lines.append(f"labels that the reference does not have are not used: {found['unknown_labels']}")
         return "; ".join(lines)
-
-
-def _extend(registry: dict[str, Any], new: dict[str, list[Any]]) -> None:
-    """Add categories to a registry, behind the known ones."""
-    fields = registry["field_registries"]
-    for key, values in new.items():
-        if key == registry["setup_args"].get("batch_key"):
-            field = fields[REGISTRY_KEYS.BATCH_KEY]
-            state, name = field["state_registry"], "categorical_mapping"
-            field["summary_stats"]["n_batch"] += len(values)
-        else:
-            field = fields[REGISTRY_KEYS.CAT_COVS_KEY]
-            state, name = field["state_registry"]["mappings"], key
-            at = list(field["state_registry"]["field_keys"]).index(key)
-            field["state_registry"]["n_cats_per_key"][at] += len(values)
-        known = np.asarray(state[name])
-        grown = np.empty(len(known) + len(values), dtype=object)
-        grown[:] = [*known.tolist(), *values]
-        state[name] = pd.Series(grown).infer_objects().to_numpy()  # numbers stay numbers, if all are

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sccvae import __version__
+from sccvae._names import checks_names
 from sccvae.model._card import model_card
 from sccvae.module import adapt
 
@@ -23,19 +25,21 @@ JSON_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "weights.safetensors", "READM
 #: In format 1 the weights of :class:`sccvae.nn.Linear`, which end so, lay by output.
 FORMAT, BY_OUTPUT = 2, 1
 TURNED = (".linear.weight", "latent.weight")
+CONDITIONS = ("batch_key", "categorical_covariate_keys", "continuous_covariate_keys")
 KEYS = {"class", "settings", "seed", "trained", "registry", "reference", "history", "splits"}
 
 
 class SavingMixin:
     """Saving and loading."""
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    @checks_names
+    def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
         """Save the model, without data, to a folder; it appears there whole or not at all.
 
         Parameters
         ----------
-        folder
-            Where to; its parent must exist.
+        dir_path
+            Folder to make; its parent must exist.
         overwrite
             Replace a model that is there. A folder that holds anything else is never replaced.
 
@@ -46,7 +50,7 @@ class SavingMixin:
         FileNotFoundError
             If its parent is missing.
         """
-        folder = Path(folder)
+        folder = Path(dir_path)
         if not folder.parent.is_dir():
             msg = f"{folder} cannot be made, since there is no folder {folder.parent}; make that first."
             raise FileNotFoundError(msg)
@@ -94,16 +98,17 @@ class SavingMixin:
             shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: str | Path, adata: AnnData | None = None) -> Self:
+    @checks_names
+    def load(cls, dir_path: str | Path, adata: AnnData | Literal[False] | None = None) -> Self:
         """Load a model.
 
         Parameters
         ----------
-        folder
+        dir_path
             Where :meth:`save` put it.
         adata
             Data to attach, set up as the training data were: the same genes in any order, known categories. Without
-            it, pass ``adata=`` to the methods; generation works without.
+            it (None or, as in scvi-tools, False) pass ``adata=`` to the methods; generation works without.
 
         Returns
         -------
@@ -118,7 +123,7 @@ class SavingMixin:
             or
             the data do not fit it.
         """
-        folder = Path(folder)
+        folder = Path(dir_path)
         content = _read(folder)
         if content["class"] != cls.__name__:
             msg = f"{folder} holds a {content['class']}; use sccvae.model.{content['class']}.load or sccvae.model.load."
@@ -142,12 +147,12 @@ class SavingMixin:
         model.history_ = {
             name: pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
             for name, values in content["history"].items()
-        } or None
+        } or ({} if content["trained"] else None)  # a query may have had nothing to train
         model.is_trained = content["trained"]
         model._summarise()
         for name, rows in content["splits"].items():
             setattr(model, name, _decode(rows))
-        if adata is not None:
+        if adata is not None and adata is not False:
             model._attach(adata)
         return model
 
@@ -160,18 +165,24 @@ class SavingMixin:
                 "`adata = adata[:, model.schema.var_names].copy()`, or load without adata and pass it to the methods."
             )
             raise ValueError(msg)
-        type(self).setup_anndata(adata, **self.registry_["setup_args"], source_registry=self.registry_)
+        setup = self.registry_["setup_args"]
+        if not self._reads_conditions:
+            setup = {k: v for k, v in setup.items() if k not in CONDITIONS}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the set-up: they came up when it was made
+            type(self).setup_anndata(adata, **setup, source_registry=self.registry_)
         self._adata = adata
         self._adata_manager = self._get_most_recent_anndata_manager(adata, required=True)
         self._register_manager_for_instance(self._adata_manager)
 
 
-def load(folder: str | Path, adata: AnnData | None = None) -> Any:
+@checks_names
+def load(dir_path: str | Path, adata: AnnData | Literal[False] | None = None) -> Any:
     """Load a saved model of any class.
 
     Parameters
     ----------
-    folder, adata
+    dir_path, adata
         As for :meth:`sccvae.model.BaseModel.load`.
 
     Returns
@@ -185,16 +196,22 @@ def load(folder: str | Path, adata: AnnData | None = None) -> Any:
     """
     from sccvae import model
 
-    name = _read(Path(folder))["class"]
+    name = _read(Path(dir_path))["class"]
     if name not in model.__all__ or name in ("BaseModel", "load"):
-        msg = f"{folder} holds a model of class {name!r}, which this sccvae does not have."
+        msg = f"{dir_path} holds a model of class {name!r}, which this sccvae does not have."
         raise ValueError(msg)
-    return getattr(model, name).load(folder, adata)
+    return getattr(model, name).load(dir_path, adata)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     """``model.json``, after a look at every file in the folder."""
     if not (folder / JSON_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        if pickles := sorted(f.name for f in folder.glob("*model.pt")):
+            msg = (
+                f"{folder} holds {pickles}, a model of scvi-tools, which sccvae cannot read: load it with scvi-tools, "
+                "or train a model of sccvae on the same cells."
+            )
+            raise ValueError(msg)
         msg = f"{folder} is no saved sccvae model: it needs {JSON_FILE} and {WEIGHTS_FILE}."
         raise FileNotFoundError(msg)
     unknown = _foreign(folder)

@@ -33,7 +33,8 @@ class VAE(
     Parameters
     ----------
     adata
-        AnnData after ``VAE.setup_anndata``. Conditions are not used: see :class:`CVAE`.
+        AnnData after ``VAE.setup_anndata``. Conditions are not used, as a warning in the log says: see
+        :class:`CVAE`.
     likelihood
         p(x|z): ``"nb"``, ``"zinb"``, ``"poisson"`` for raw counts; ``"normal"`` (a sigma-VAE with one learned sigma
         for each
@@ -66,6 +67,8 @@ class VAE(
     >>> model.train()
     >>> adata.obsm["X_vae"] = model.get_latent_representation()
     """
+
+    _reads_conditions = False
 
     def __init__(
         self,

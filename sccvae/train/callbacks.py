@@ -33,7 +33,7 @@ class BestWeights(Callback):
 
     def __init__(self, monitor: str = "elbo_validation", patience: int | None = None, warmup_steps: int = 0) -> None:
         self.monitor, self.patience, self.warmup_steps = monitor, patience, warmup_steps
-        self.best, self.epoch, self.waited = float("inf"), -1, 0
+        self.best, self.epoch = float("inf"), -1
         self.weights: dict[str, Tensor] | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,13 +46,12 @@ class BestWeights(Callback):
             raise KeyError(msg)
         if pl_module.n_steps < self.warmup_steps:
             return
-        value = float(trainer.callback_metrics[self.monitor])
+        value, epoch = float(trainer.callback_metrics[self.monitor]), len(pl_module.rows)
         if value < self.best:
-            self.best, self.epoch, self.waited = value, len(pl_module.rows), 0
+            self.best, self.epoch = value, epoch
             self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}
         else:
-            self.waited += 1
-            trainer.should_stop |= self.patience is not None and self.waited >= self.patience
+            trainer.should_stop |= self.patience is not None and epoch - self.epoch >= self.patience
 
     def restore(self, module: torch.nn.Module) -> None:
         """Give the module its best weights back."""

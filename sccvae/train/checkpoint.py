@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -17,7 +19,7 @@ from sccvae.train.callbacks import BestWeights, out_of_time
 from sccvae.train.plan import TrainingPlan
 
 FILE_NAME = "training.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 
 class ResumableTraining(Checkpoint):
@@ -66,7 +68,7 @@ class ResumableTraining(Checkpoint):
             "finished": finished,
         }
         if self.best is not None:
-            header |= {"best": self.best.best, "best_epoch": self.best.epoch, "waited": self.best.waited}
+            header |= {"best": self.best.best, "best_epoch": self.best.epoch}
             tensors |= {f"best/{k}": v for k, v in (self.best.weights or {}).items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
@@ -124,10 +126,26 @@ class ResumableTraining(Checkpoint):
         if "rng_cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([tensors["rng_cuda"]] * torch.cuda.device_count())  # whichever will train
         if self.best is not None:
-            self.best.best, self.best.waited = header["best"], header["waited"]
-            self.best.epoch = header.get("best_epoch", -1)
+            self.best.best, self.best.epoch = header["best"], header["best_epoch"]
             self.best.weights = part["best"] or None
         return header["finished"]
+
+
+def digest(*values: np.ndarray | None) -> str | None:
+    """A short name of these arrays, by which a checkpoint tells them from others; None if one is None.
+
+    Parameters
+    ----------
+    *values
+        Of any shape.
+
+    Returns
+    -------
+    Twelve hexadecimal digits.
+    """
+    if any(value is None for value in values):
+        return None
+    return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()[:12]
 
 
 def _plain(value: Any) -> Any:

@@ -19,12 +19,13 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
 
+from sccvae._names import with_known_names
 from sccvae._recording import Recorder
 from sccvae.data import CellStore, ChunkLoader, resident, shuffled_loader
 from sccvae.module import GenerativeModule
 from sccvae.nn import check_sizes
 from sccvae.train.callbacks import BestWeights, CellsBar, out_of_time
-from sccvae.train.checkpoint import ResumableTraining
+from sccvae.train.checkpoint import ResumableTraining, digest
 from sccvae.train.plan import TrainingPlan
 from sccvae.train.schedules import Schedule, default_max_epochs
 
@@ -60,6 +61,7 @@ class TrainingResult:
     kept: int
 
 
+@with_known_names
 def fit(
     module: GenerativeModule,
     store: CellStore,
@@ -134,7 +136,8 @@ def fit(
     settings
         Those of the model (plain JSON values), which must be the same for a training to go on from its checkpoint.
     **trainer_options
-        For ``lightning.Trainer``, for example ``logger=``.
+        For ``lightning.Trainer``, for example ``logger=``; those that count Lightning's batches, which are chunks of
+        many mini-batches, are refused.
 
     Returns
     -------
@@ -143,7 +146,7 @@ def fit(
     Raises
     ------
     TypeError
-        If ``max_epochs`` or ``batch_size`` is no whole number.
+        If ``max_epochs`` or ``batch_size`` is no whole number, or there is no such argument.
     ValueError
         If there are too few training cells, epochs or cells in a mini-batch, a checkpoint does not fit, ``max_time`` is
         no time at all, or Apple's GPU
@@ -198,6 +201,8 @@ def fit(
             settings |= {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
             settings |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
             settings |= {"n_train": len(train_rows), "n_validation": len(validation_rows)}
+            cells = store.cells  # by what is in memory of those on disk, too
+            settings |= {"library sizes": digest(cells.library), "conditions": digest(cells.codes, cells.covariates)}
             settings |= {"model": type(module).__name__, "n_weights": sum(p.numel() for p in module.parameters())}
             checkpoint = ResumableTraining(checkpoint_dir, settings, best)
             if checkpoint.resume(plan):
@@ -205,7 +210,9 @@ def fit(
                 max_epochs = len(plan.rows)
             used.append(checkpoint)
         # We log once an epoch, which is less than Lightning expects of the log; an empty loader it would warn about.
-        defaults = {"logger": False, "log_every_n_steps": 1, "limit_val_batches": 1.0 if len(validation_rows) else 0}
+        counted = {"log_every_n_steps": 1, "num_sanity_val_steps": 0}
+        counted["limit_val_batches"] = 1.0 if len(validation_rows) else 0.0
+        defaults = {"logger": False, "enable_model_summary": False}
         # Lightning's own checkpoints pickle: who wants them sets this.
         defaults["enable_checkpointing"] = checkpoint is not None
         defaults["enable_progress_bar"] = any(isinstance(c, ProgressBar) for c in used)
@@ -219,8 +226,7 @@ def fit(
                     accelerator=accelerator,
                     devices=devices,
                     callbacks=used,
-                    enable_model_summary=False,
-                    num_sanity_val_steps=0,
+                    **counted,
                     **defaults | trainer_options,
                 )
                 module.train()
