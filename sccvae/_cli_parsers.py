@@ -67,8 +67,8 @@ def parser(run: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     mapping = _command(commands, "map", run, "map new cells on a saved model, with labels if it has some", MAP_HELP)
     _files(mapping, "saved model to map on; needed")
     mapping.add_argument("--key", default="mapped", metavar="KEY", help="name of the results (default: mapped)")
-    mapping.add_argument("--unknown-threshold", type=float, default=0.99, metavar="SHARE", help="a cell is unknown if "
-                         "it lies further out than this share of held-out cells (default: 0.99)")  # fmt: skip
+    mapping.add_argument("--unknown-threshold", type=float, default=0.9, metavar="SHARE", help="a cell is unknown if "
+                         "it lies further out than this share of held-out cells (default: 0.9)")  # fmt: skip
 
     demo = _command(commands, "demo", run, "the whole job on real cells with a planted batch effect", DEMO_HELP)
     demo.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="folder for the results, "

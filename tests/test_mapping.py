@@ -588,7 +588,7 @@ def test_labels_are_transferred(planted_reference, nan_labels):
     assert (every["label"].astype(str) == every["best_label"].astype(str)).all()
     unknown = table["label"] == "unknown"
     assert (query.transfer_labels(unknown_threshold=0.2)["label"] == "unknown").sum() > unknown.sum()
-    assert (unknown == (table["outlier_score"] > query.unknown_score(0.95))).all()
+    assert (unknown == (table["outlier_score"] > query.unknown_score(0.9))).all()
     assert 0 <= query.calibration["expected_calibration_error"] < 0.2
     with pytest.raises(ValueError, match=r"unknown_threshold=3 must be a share"):
         query.transfer_labels(unknown_threshold=3)

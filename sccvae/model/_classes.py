@@ -16,8 +16,12 @@ SHRINKAGE = 20
 STRENGTH = 16.0
 #: Largest gradient at which its fit stops, for the same length: the loss is within 0.1 % of the least then.
 TOLERANCE = 1e-4
+#: Principal axes of the genes.
+N_COMPONENTS = 30
 #: Log-probability of what is impossible: it can still be divided by a temperature.
 SMALLEST_LOG = -1e6
+#: Share of a query's cells that is thought to be of known types: what even they differ by is the technology's.
+LEAST_STRANGE = 0.25
 #: Bins of the calibration error.
 BINS = 15
 
@@ -73,17 +77,29 @@ def logistic(x: csr_matrix, codes: np.ndarray, n_classes: int) -> dict[str, Any]
     return {"weights": weights.tolist(), "intercepts": intercepts.tolist()}
 
 
-def against_classes(views: dict[str, np.ndarray], known: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def principal_axes(x: csr_matrix) -> np.ndarray:
+    """Principal axes of the genes of cells x (n, G), about the origin: (c, G) float32."""
+    from sklearn.decomposition import TruncatedSVD
+
+    n = max(1, min(N_COMPONENTS, min(x.shape) - 1))
+    return TruncatedSVD(n, random_state=0).fit(x).components_.astype(np.float32)
+
+
+def against_classes(
+    views: dict[str, np.ndarray], known: dict[str, Any], *, together: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Outlier score of each cell, (n,), and log-probability of each class, (n, K), before the last temperature.
 
     Parameters
     ----------
     views
         ``z``, (n, d); ``genes``, the scores of the classes by logistic regression, (n, K), and ``q``, log q(y|.),
-        (n, K), where there is one.
+        (n, K), where there is one; ``place``, (n, c), and ``beyond``, (n,), of the genes on their principal axes.
     known
-        What :func:`normals` gives, with ``temperatures`` of those views that decide, and ``scores``, centre and spread
-        of what :func:`strangeness` finds.
+        What :func:`normals` gives, with ``temperatures`` of those views that decide, ``scores``, centre and spread of
+        what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes.
+    together
+        The cells are of one query: what most of them have on the genes' side is taken to be its technology's.
 
     Returns
     -------
@@ -91,24 +107,33 @@ def against_classes(views: dict[str, np.ndarray], known: dict[str, Any]) -> tupl
     at its temperature.
     """
     density, by_z = by_normals(views["z"], known)
-    logs = {"z": by_z} | {name: views[name] for name in views if name != "z"}
+    logs = {"z": by_z} | {name: views[name] for name in ("q", "genes") if name in views}
     # A reference of an earlier version has no temperatures: q alone decides, or the normals.
     temperatures = known.get("temperatures") or {"q" if "q" in logs else "z": 1.0}
     logs = {name: log_softmax(logs[name] / t, axis=1) for name, t in temperatures.items()}
-    found = strangeness(density, views.get("genes"), logs)
+    found = strangeness(density, views, logs, known.get("places"))
     scores = known.get("scores") or {"density": (0.0, 1.0)}
+    if together:
+        for name, quartile in known.get("quartiles", {}).items():
+            found[name] = found[name] - max(0.0, np.quantile(found[name], LEAST_STRANGE) - quartile)
     return sum((found[name] - centre) / spread for name, (centre, spread) in scores.items()), sum(logs.values())
 
 
-def strangeness(density: np.ndarray, genes: np.ndarray | None, logs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is strange about a cell, each (n,) in nats.
+def strangeness(
+    density: np.ndarray, views: dict[str, np.ndarray], logs: dict[str, np.ndarray], places: dict[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """What is strange about a cell, each (n,).
 
     ``density`` in z; ``energy``: no class speaks for its genes (Liu et al. 2020, equation 4); ``disagreement``: -log of
-    the probability that z and genes, each for itself, name the same class.
+    the probability that z and genes, each for itself, name the same class; ``place``: -log density of its genes on the
+    reference's principal axes; ``beyond``: the squared length of what these axes leave of them.
     """
     found = {"density": density}
-    if genes is not None:
-        found |= {"energy": -logsumexp(genes, axis=1), "disagreement": -logsumexp(logs["z"] + logs["genes"], axis=1)}
+    if "genes" in views:
+        found["energy"] = -logsumexp(views["genes"], axis=1)
+        found["disagreement"] = -logsumexp(logs["z"] + logs["genes"], axis=1)
+    if places is not None:
+        found |= {"place": by_normals(views["place"], places)[0], "beyond": views["beyond"]}
     return found
 
 

@@ -12,11 +12,20 @@ import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix, vstack
 from scipy.special import log_softmax
-from sklearn.decomposition import TruncatedSVD
 from sklearn.neighbors import NearestNeighbors
 
 from sccvae.model._base import evaluating
-from sccvae.model._classes import against_classes, by_normals, calibrate, logistic, normals, strangeness, temperature_of
+from sccvae.model._classes import (
+    LEAST_STRANGE,
+    against_classes,
+    by_normals,
+    calibrate,
+    logistic,
+    normals,
+    principal_axes,
+    strangeness,
+    temperature_of,
+)
 from sccvae.module import Batch
 from sccvae.nn import check_sizes
 
@@ -28,8 +37,8 @@ UNKNOWN = "unknown"
 LEARNS_FROM, DEPTH = 10_000, 1e4
 #: Quantiles kept of the held-out outlier scores.
 QUANTILES = 1001
-#: Components in which neighbours of a query's cells are looked for, and cells among which.
-N_COMPONENTS, MOST_CELLS = 30, 20_000
+#: Cells of a query among which neighbours are looked for.
+MOST_CELLS = 20_000
 #: Cells asked about for each neighbour at least: a few cells lie next to cells of other types.
 CELLS_A_NEIGHBOR = 6
 
@@ -42,7 +51,7 @@ class TransferMixin:
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
-        unknown_threshold: float | None = 0.95,
+        unknown_threshold: float | None = 0.9,
         n_neighbors: int = 15,
         batch_size: int | None = None,
     ) -> pd.DataFrame:
@@ -61,9 +70,9 @@ class TransferMixin:
             Rows (or a mask) of the cells; None for all.
         unknown_threshold
             A cell is called ``"unknown"`` if its outlier score is larger than those of this share of the held-out
-            reference cells: the default leaves fewer than 5 % of cells like them unknown (2 to 3 %, as neighbours are
-            asked as well). None gives every cell a label. Raise it where a query's technology differs a lot from the
-            reference's.
+            reference cells, each by itself: the default leaves one in ten cells like them unknown alone, and 1 to 5 in
+            a hundred with neighbours. None gives every cell a label. Raise it where a query's technology differs a lot
+            from the reference's.
         n_neighbors
             The outlier score is the median over so many cells: the cell itself and those of the cells asked about whose
             genes are most like its own (30 components of their genes; at most one neighbour for each six cells). What
@@ -76,9 +85,11 @@ class TransferMixin:
         -------
         A data frame, indexed by cell: ``label`` (categorical, with ``"unknown"``), ``best_label`` (without),
         ``probability`` (calibrated, of ``best_label``), ``uncertainty`` (1 - probability) and ``outlier_score``: how
-        far the cell lies from all classes in z, how little its genes speak for any of them, and how little both views
-        agree; the sum, each in standard deviations of the held-out reference cells from their median, and of that the
-        median over its neighbours (unknown above :meth:`unknown_score`).
+        far the cell lies from all classes in z, how little its genes speak for any of them, how little both views
+        agree, how far its genes lie from all classes on their principal axes, and how much these leave of them; the
+        sum, each in standard deviations of the held-out reference cells from their median, and of that the median over
+        its neighbours (unknown above :meth:`unknown_score`). Of the last two what a quarter of the cells asked about
+        exceed the reference's by is taken off, as their technology's.
 
         Raises
         ------
@@ -94,20 +105,19 @@ class TransferMixin:
         products of experts by minimizing contrastive divergence, Neural Computation 14, equation 1.
         """
         known = self._transfer()
-        bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
         check_sizes(n_neighbors=n_neighbors)
         rows = self._rows(adata, indices)
         n_neighbors = min(n_neighbors, len(rows) // CELLS_A_NEIGHBOR)
-        axes = self._axes(adata, rows) if n_neighbors > 1 else None
+        bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
+        axes = None
+        if n_neighbors > 1:
+            axes = principal_axes(self._genes_of(adata, rows[_some(len(rows), LEARNS_FROM)]))
         views = self._look(adata, indices, batch_size, known.get("genes"), axes)
-        where = views.pop("where", None)
         names = known["classes"]
         called = [*names, *{UNKNOWN}.difference(names)]
-        score, log_q = against_classes(views, known)
-        if where is not None:
-            some = _some(len(rows), MOST_CELLS)
-            near = NearestNeighbors(n_neighbors=n_neighbors).fit(where[some]).kneighbors(where, return_distance=False)
-            score = np.median(score[some][near], axis=1)
+        score, log_q = against_classes(views, known, together=n_neighbors > 1)
+        if n_neighbors > 1:
+            score = _of_neighbors(score, views["where"], n_neighbors)
         q = np.exp(log_softmax(log_q / known["temperature"], axis=1))
         best = q.argmax(1)
         index = self._given(adata).obs_names[rows]
@@ -124,7 +134,7 @@ class TransferMixin:
             index=index,
         )
 
-    def unknown_score(self, unknown_threshold: float = 0.95) -> float:
+    def unknown_score(self, unknown_threshold: float = 0.9) -> float:
         """Outlier score that this share of the held-out reference cells stays below.
 
         Parameters
@@ -176,25 +186,32 @@ class TransferMixin:
         indices: Sequence[int] | None,
         batch_size: int | None = None,
         genes: dict[str, Any] | None = None,
-        axes: torch.Tensor | None = None,
+        axes: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K).
 
-        And ``where`` they are on axes (G, d) of their genes, (n, d).
+        ``place``: their genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,); and
+        ``where`` they are on other axes (c, G).
         """
         found: dict[str, list[torch.Tensor]] = {"z": []}
-        if genes is not None:
-            weights, intercepts = (torch.tensor(genes[name], dtype=torch.float32) for name in ("weights", "intercepts"))
+        known = {name: torch.tensor(of, dtype=torch.float32) for name, of in (genes or {}).items()}
         with evaluating(0):
             for batch in self._stream(adata, indices, batch_size):
                 q = self.module.inference(batch)["z"]
                 found["z"].append(q if isinstance(q, torch.Tensor) else q.loc)
                 if hasattr(self.module, "log_q_y"):
                     found.setdefault("q", []).append(self.module.classify(batch, log=True))
-                if genes is not None:
-                    found.setdefault("genes", []).append(self._genes(batch).cpu() @ weights.T + intercepts)
+                if not known and axes is None:
+                    continue
+                x = self._genes(batch).cpu()
+                if "weights" in known:
+                    found.setdefault("genes", []).append(x @ known["weights"].T + known["intercepts"])
+                if "axes" in known:
+                    place = x @ known["axes"].T
+                    found.setdefault("place", []).append(place)
+                    found.setdefault("beyond", []).append(x.square().sum(1) - place.square().sum(1))
                 if axes is not None:
-                    found.setdefault("where", []).append(self._genes(batch).cpu() @ axes)
+                    found.setdefault("where", []).append(x @ torch.from_numpy(axes).T)
         return {name: torch.cat(parts).double().cpu().numpy() for name, parts in found.items()}
 
     def _genes(self, batch: Batch) -> torch.Tensor:
@@ -219,7 +236,7 @@ class TransferMixin:
             logger.warning("No training cell has a label, so there is nothing to transfer.")
             return
         known = normals(views["z"][own >= 0], own[own >= 0], len(names)) | {"classes": names, "temperature": 1.0}
-        known["genes"] = self._learn_genes(train[own >= 0], own[own >= 0], len(names))
+        known |= self._learn_genes(train[own >= 0], own[own >= 0], len(names))
         if len(held_out):
             own = codes[held_out]
         else:
@@ -234,14 +251,15 @@ class TransferMixin:
                 (own[~seen] >= 0).sum(),
             )
         density, by_z = by_normals(views["z"], known)
-        logs = {name: by_z if name == "z" else view for name, view in views.items()}
+        logs = {"z": by_z} | {name: views[name] for name in ("q", "genes") if name in views}
         fitted = len(held_out) > 0 and seen.any()
         known["temperatures"] = {n: temperature_of(v[seen], own[seen]) if fitted else 1.0 for n, v in logs.items()}
         logs = {name: log_softmax(v / known["temperatures"][name], axis=1) for name, v in logs.items()}
-        found = strangeness(density, views.get("genes"), logs)
+        found = strangeness(density, views, logs, known["places"])
         # A cell without a label may be of a class that no label names, unless every cell has a component.
         like = np.ones_like(seen) if "q" in views or not seen.any() else seen
         known["scores"] = {n: (float(np.median(v[like])), max(float(v[like].std()), 1e-6)) for n, v in found.items()}
+        known["quartiles"] = {n: float(np.quantile(found[n][like], LEAST_STRANGE)) for n in ("place", "beyond")}
         scores, log_q = against_classes(views, known)
         known["score_quantiles"] = np.quantile(scores[like], np.linspace(0, 1, QUANTILES)).tolist()
         if fitted:
@@ -267,20 +285,24 @@ class TransferMixin:
             raise KeyError(msg)
         return self.schema.label_codes(self.adata.obs[key])
 
-    def _learn_genes(self, rows: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any] | None:
-        """The logistic regression on the genes of training cells, (n,) rows and classes."""
+    def _learn_genes(self, rows: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any]:
+        """What the genes of training cells, (n,) rows and classes, say: regression and axes, and normals on these."""
         some = _some(len(rows), LEARNS_FROM)
-        return logistic(self._genes_of(None, rows[some]), codes[some], n_classes)
-
-    def _axes(self, adata: AnnData | None, rows: np.ndarray) -> torch.Tensor:
-        """Principal axes of the genes of these cells, (G, d), about the origin."""
-        x = self._genes_of(adata, rows[_some(len(rows), LEARNS_FROM)])
-        n = max(1, min(N_COMPONENTS, min(x.shape) - 1))
-        return torch.from_numpy(TruncatedSVD(n, random_state=0).fit(x).components_.T.astype(np.float32))
+        x, codes = self._genes_of(None, rows[some]), codes[some]
+        axes = principal_axes(x).round(6)
+        places = normals(np.asarray(x @ axes.T, dtype=np.float64), codes, n_classes)
+        return {"genes": (logistic(x, codes, n_classes) or {}) | {"axes": axes.tolist()}, "places": places}
 
     def _genes_of(self, adata: AnnData | None, rows: np.ndarray) -> csr_matrix:
         """:meth:`_genes` of these cells."""
         return vstack([csr_matrix(self._genes(batch).cpu().numpy()) for batch in self._stream(adata, rows)], "csr")
+
+
+def _of_neighbors(score: np.ndarray, where: np.ndarray, n_neighbors: int) -> np.ndarray:
+    """Median of the scores (n,) of the cells nearest to each, itself included, by where they are, (n, d)."""
+    some = _some(len(where), MOST_CELLS)
+    near = NearestNeighbors(n_neighbors=n_neighbors).fit(where[some]).kneighbors(where, return_distance=False)
+    return np.median(score[some][near], axis=1)
 
 
 def _some(n: int, most: int) -> np.ndarray:

@@ -18,7 +18,7 @@ def map_query(
     reference: BaseModel | str | Path,
     *,
     freeze: bool = True,
-    unknown_threshold: float | None = 0.95,
+    unknown_threshold: float | None = 0.9,
     key_added: str = "mapped",
     copy: bool = False,
     seed: int = 0,
