@@ -159,7 +159,8 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         size_factor_key
             ``obs`` column of positive size factors, used in place of the sum of counts.
         categorical_covariate_keys
-            More ``obs`` columns of categorical conditions.
+            More ``obs`` columns of categorical conditions. They enter the networks alone: what differs most, such as
+            the technology, belongs into ``batch_key``, if need be as one column with the batch.
         continuous_covariate_keys
             ``obs`` columns of continuous conditions; standardised inside the model.
         unlabeled_category
