@@ -519,3 +519,18 @@ def test_means_of_genes():
     assert np.allclose(cells.gene_means, x.toarray().mean(0))
     assert np.allclose(replace(cells, x=x.toarray()).gene_means, x.toarray().mean(0))
     assert (replace(cells, x=x[:0]).gene_means == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("known", "column", "wanted"),
+    [
+        (["-1", "2"], [-1.0, 2.0, np.nan, 3.0], [0, 1, -1, -1]),  # as on a command line
+        ([-1.0, 2.0], ["-1", "2", "x", None], [0, 1, -1, -1]),
+        (["1", "01"], ["1", "01", "001"], [0, 1, -1]),  # text is text
+        (["1", "1.0"], [1, 2], [0, -1]),
+        (["a", "b"], [1.0, 2.0], [-1, -1]),
+    ],
+)
+def test_text_and_numbers_match_as_numbers(known, column, wanted):
+    known = np.array(known, dtype=object if isinstance(known[0], str) else float)
+    assert match(known, pd.Series(column)).tolist() == wanted

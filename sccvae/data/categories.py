@@ -31,6 +31,8 @@ def is_label(column: pd.Series, unlabeled_category: Any) -> np.ndarray:
 def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
     """Where values stand among the known ones: by value, then by text (1 is 1.0, and "1", as a file may hold it).
 
+    Text and numbers are compared as numbers in the end: "-1", as on a command line, is -1.0.
+
     Parameters
     ----------
     known
@@ -46,6 +48,13 @@ def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
     codes = index.get_indexer(column.astype(object))
     if (codes < 0).any():
         codes = np.where(codes < 0, index.astype(str).get_indexer(column.astype(str)), codes)
+    texts = [all(isinstance(v, str) for v in values) for values in (index, column.dropna().unique())]
+    if (codes < 0).any() and texts[0] != texts[1]:
+        numbers = pd.Index(pd.to_numeric(pd.Series(index.astype(str)), errors="coerce"))
+        if numbers.dropna().is_unique:
+            wanted = pd.to_numeric(column.astype(str), errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+            at = pd.Series(np.arange(len(numbers)), numbers)[numbers.notna()].reindex(wanted, fill_value=-1)
+            codes = np.where(codes < 0, np.where(np.isnan(wanted), -1, at), codes)
     return np.where(column.isna(), -1, codes).astype(np.int64)
 
 
