@@ -170,7 +170,7 @@ def _warn_of_confounding(
     if found:
         found.append(
             "A model of this set-up can give a difference to either, and removing the batch can remove it. If it is "
-            "biology that is to stay, name a coarser batch_key (or none)."
+            "biology that is to stay, leave out the covariate that holds it, or name a coarser batch_key (or none)."
         )
         warnings.warn("\n".join(found), UserWarning, stacklevel=4)
 
