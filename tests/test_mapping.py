@@ -173,6 +173,8 @@ def test_without_new_categories_there_is_nothing_to_train(cvae, caplog):
     query.train(**FAST)
     assert "nothing to train" in caplog.text
     assert query.history == {}
+    with pytest.raises(ValueError, match="no new categories, so nothing was trained"):
+        sccvae.pl.history(query)
     autoencoder = make(AE, toy_values())
     values = toy_values(20, seed=5)
     values.obs["batch"] = "new"

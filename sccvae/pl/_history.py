@@ -76,7 +76,9 @@ def _read(model: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bring every curve to (epochs, values), each of shape (number of recorded epochs,)."""
     found = model if isinstance(model, Mapping) else getattr(model, "history", None)
     if not found:
-        msg = "There is no training history to draw: train first, with model.train()."
+        done = getattr(model, "is_trained", False)
+        why = "this query had no new categories, so nothing was trained" if done else "train first, with model.train()"
+        msg = f"There is no training history to draw: {why}."
         raise ValueError(msg)
     curves = {}
     for name, frame in found.items():
