@@ -28,7 +28,16 @@ from sccvae import model as models
 from sccvae.data import batch_moments
 from sccvae.distributions import ZINB, Bernoulli, NegativeBinomial, Normal, Poisson
 from sccvae.model import AE, CVAE, GMVAE, VAE
-from sccvae.model._classes import against_classes, by_normals, calibrate, calibration_error, logistic, normals
+from sccvae.model._classes import (
+    against_classes,
+    by_normals,
+    calibrate,
+    calibration_error,
+    logistic,
+    normals,
+    principal_axes,
+    strangeness,
+)
 from sccvae.module import Batch, new_weights
 from sccvae.nn import ConditionedLinear, new_columns, widen
 
@@ -596,6 +605,39 @@ def test_labels_are_transferred(planted_reference, nan_labels):
         query.transfer_labels(unknown_threshold=3)
     with pytest.raises(ValueError, match=r"n_neighbors=0 must be at least 1"):
         query.transfer_labels(n_neighbors=0)
+
+
+def test_strangeness_of_genes_by_hand():
+    """On the principal axes by normals of the classes, and the squared length of what the axes leave."""
+    rng = np.random.default_rng(0)
+    x = np.abs(rng.normal(size=(60, 3))) @ rng.normal(size=(3, 12)) + 0.1 * rng.normal(size=(60, 12))
+    axes = principal_axes(csr_matrix(x))
+    np.testing.assert_allclose(axes @ axes.T, np.eye(11), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(x @ axes.T, axis=0), np.linalg.svd(x)[1][:11], rtol=1e-4)
+    codes = np.arange(60) % 2
+    places = normals(x @ axes.T, codes, 2)
+    views = {"z": x[:, :2], "place": x @ axes.T, "beyond": (x**2).sum(1) - ((x @ axes.T) ** 2).sum(1)}
+    found = strangeness(np.zeros(60), views, {}, places)
+    density = sum(
+        0.5 * multivariate_normal(m, c).pdf(views["place"])
+        for m, c in zip(places["means"], places["covariances"], strict=True)
+    )
+    np.testing.assert_allclose(found["place"], -np.log(density), rtol=1e-6)
+    np.testing.assert_allclose(found["beyond"], ((x - x @ axes.T @ axes) ** 2).sum(1), atol=1e-4)
+
+
+def test_what_a_whole_query_exceeds_the_reference_by_is_its_technologys():
+    rng = np.random.default_rng(0)
+    z, place = rng.normal(size=(80, 2)), rng.normal(size=(80, 3))
+    known = normals(z, np.zeros(80, int), 1) | {"places": normals(place, np.zeros(80, int), 1)}
+    known |= {"temperatures": {"z": 1.0}, "scores": {"beyond": (0.0, 1.0)}, "quartiles": {"beyond": 1.0}}
+    beyond = rng.normal(size=80)
+    for shift, taken in ((5.0, None), (-5.0, 0.0)):  # only what is more
+        views = {"z": z, "place": place, "beyond": beyond + shift}
+        alone, together = (against_classes(views, known, together=t)[0] for t in (False, True))
+        np.testing.assert_allclose(alone, beyond + shift)
+        taken = np.quantile(beyond + shift, 0.25) - 1 if taken is None else taken
+        np.testing.assert_allclose(together, alone - taken)
 
 
 def test_a_strange_group_stands_out_more_than_its_cells(planted_reference):

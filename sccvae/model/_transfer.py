@@ -89,7 +89,7 @@ class TransferMixin:
         agree, how far its genes lie from all classes on their principal axes, and how much these leave of them; the
         sum, each in standard deviations of the held-out reference cells from their median, and of that the median over
         its neighbours (unknown above :meth:`unknown_score`). Of the last two what a quarter of the cells asked about
-        exceed the reference's by is taken off, as their technology's.
+        exceed the reference's by is taken off, as their technology's, unless each cell is taken by itself.
 
         Raises
         ------

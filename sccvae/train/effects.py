@@ -233,21 +233,22 @@ def _shared(z: np.ndarray, batch: np.ndarray, n_batch: int, kinds: sparse.csr_ar
 
 
 def _overlap(batch: np.ndarray, n_batch: int, kinds: sparse.csr_array) -> float:
-    """How alike the shares of kinds are, a_k in a batch and b_k in the others: sum_k min(a_k, b_k), mean of cells.
+    """How alike the shares of kinds are in a batch and in the others, as a share of that with the batches shuffled.
 
-    As a share of what it is with the batches shuffled: those of a few cells differ by chance. 1 where there is one.
+    Batches of a few cells differ by chance. 1 where only one batch has cells.
     """
-
-    def alike(batch: np.ndarray) -> float:
-        own = (_members(batch, n_batch).T @ kinds).toarray()  # (n_batch, K)
-        others = own.sum(0) - own
-        size = own.sum(1)
-        share, rest = (n / np.maximum(n.sum(1, keepdims=True), 1) for n in (own, others))
-        return float(size @ np.minimum(share, rest).sum(1) / size.sum())
-
     rng = np.random.default_rng(0)
-    by_chance = np.mean([alike(rng.permutation(batch)) for _ in range(SHUFFLES)])
-    return min(alike(batch) / by_chance, 1.0) if by_chance else 1.0
+    by_chance = np.mean([_alike(rng.permutation(batch), n_batch, kinds) for _ in range(SHUFFLES)])
+    return min(_alike(batch, n_batch, kinds) / by_chance, 1.0) if by_chance else 1.0
+
+
+def _alike(batch: np.ndarray, n_batch: int, kinds: sparse.csr_array) -> float:
+    """With shares of the kinds a_k in a batch and b_k in the others: sum_k min(a_k, b_k), mean of cells."""
+    own = (_members(batch, n_batch).T @ kinds).toarray()  # (n_batch, K)
+    others = own.sum(0) - own
+    size = own.sum(1)
+    share, rest = (n / np.maximum(n.sum(1, keepdims=True), 1) for n in (own, others))
+    return float(size @ np.minimum(share, rest).sum(1) / size.sum())
 
 
 def _landmarks(
