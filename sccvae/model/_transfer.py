@@ -289,8 +289,8 @@ class TransferMixin:
         """What the genes of training cells, (n,) rows and classes, say: regression and axes, and normals on these."""
         some = _some(len(rows), LEARNS_FROM)
         x, codes = self._genes_of(None, rows[some]), codes[some]
-        axes = principal_axes(x).round(6)
-        places = normals(np.asarray(x @ axes.T, dtype=np.float64), codes, n_classes)
+        axes = principal_axes(x).astype(np.float64).round(6)  # single precision would be written in 17 digits
+        places = normals(x @ axes.T, codes, n_classes)
         return {"genes": (logistic(x, codes, n_classes) or {}) | {"axes": axes.tolist()}, "places": places}
 
     def _genes_of(self, adata: AnnData | None, rows: np.ndarray) -> csr_matrix:
