@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +95,16 @@ def test_loss_and_its_gradient():
     error = (batch.x - plate.generative(plate.inference(batch), batch).mean).square().sum(1).mean()
     torch.testing.assert_close(objective, error + penalty)
     assert set(report) == {"reconstruction", "clustering", "elbo", "loss"}
+
+
+def test_error_and_clustering_are_of_the_same_z():
+    """One pass of the encoder: with dropout a second would be another z, and batch norm would see each cell twice."""
+    plate, passes = a_plate(dropout=0.5), []
+    plate.encoder.register_forward_hook(lambda *seen: passes.append(seen[-1]))
+    plate.train()
+    plate.loss(a_batch())[0].backward()
+    assert len(passes) == 1
+    copy.deepcopy(plate)  # nothing of the mini-batch is kept
 
 
 def test_noise_and_clustering_belong_to_their_stages():

@@ -23,13 +23,12 @@ from sccvae.data import (
     MaskedStore,
     batch_moments,
     check_support,
-    is_label,
-    match,
     measured,
     read_measured,
 )
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
+from sccvae.model._query import genes_of, known_labels, labels_of, new_categories, report_text
 from sccvae.model._registry import extend_registry
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import TransferMixin
@@ -41,8 +40,6 @@ logger = logging.getLogger(__name__)
 #: Optimiser steps of a query, and fewest of an epoch. With learning rate LR the few weights of a new category have
 #: arrived after these (on a pancreas set more steps, or smaller ones, gave no better ELBO); FINE_LR is for all weights.
 STEPS, EPOCH_STEPS, LR, FINE_LR = 100, 10, 3e-2, 1e-4
-#: Least share of the reference's genes that a query must have.
-LEAST_GENES = 0.5
 #: Training cells from which the reference knows what stands for a gene that a query lacks.
 MEANS_OF = 10_000
 
@@ -103,7 +100,7 @@ class MappingMixin(TransferMixin):
         if not self.is_trained:
             msg = f"This {type(self).__name__} is not trained, so nothing can be mapped on it: run model.train() first."
             raise ValueError(msg)
-        new = self._new_categories(adata)
+        new = new_categories(adata, self._read_schema)
         present = self._check_genes(adata)
         registry = _decode(_encode(self.registry_))
         extend_registry(registry, new, adata.n_obs)
@@ -121,7 +118,7 @@ class MappingMixin(TransferMixin):
             "n_cells": int(adata.n_obs),
             "missing_genes": [str(g) for g in self.schema.var_names[~present]],
             "n_genes_left_out": int(adata.n_vars - present.sum()),
-        } | self._label_report(adata)
+        } | labels_of(adata, self.schema)
         store = query._store(adata)
         query._adata = adata
         query._note_combinations(store)
@@ -130,7 +127,7 @@ class MappingMixin(TransferMixin):
         query._summarise()
         report = query.query_report
         level = logging.WARNING if report["missing_genes"] or report["unknown_labels"] else logging.INFO
-        logger.log(level, "%s.", query._report_text())
+        logger.log(level, "%s.", query._said_of_query())
         return query
 
     @classmethod
@@ -239,7 +236,7 @@ class MappingMixin(TransferMixin):
             msg = "weight_decay would shrink the frozen weights as well; leave it out, or use load_query(freeze=False)."
             raise ValueError(msg)
         store = self._training_store(options.pop("data", "auto"))
-        store.labels = self._query_labels()
+        store.labels = known_labels(self.adata, self.schema) if hasattr(self.module, "classify") else None
         # The few weights of a category cannot learn cells by heart: all train, unless the user wants to see others.
         train_size = (1.0 if freeze else 0.9) if train_size is None else train_size
         defaults = {"lr": LR if freeze else FINE_LR, "kl_warmup": 0.0, "description": "query"}
@@ -301,71 +298,6 @@ class MappingMixin(TransferMixin):
         else:
             super()._attach(adata)
 
-    def _new_categories(self, adata: AnnData) -> dict[str, list[Any]]:
-        """Categories of each condition that the reference does not have, by ``obs`` column."""
-        found = {}
-        for key, known in self._read_schema.categories.items():
-            if key not in adata.obs:
-                msg = (
-                    f"The reference was set up with obs[{key!r}], which the query lacks; its columns are "
-                    f"{list(adata.obs.columns)}. For cells of one new category: `adata.obs[{key!r}] = 'query'`."
-                )
-                raise KeyError(msg)
-            column = adata.obs[key]
-            missing = int(column.isna().sum())
-            if missing:
-                msg = (
-                    f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} query cells. Give them a "
-                    f"category of their own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('query')`) "
-                    "or leave these cells out."
-                )
-                raise ValueError(msg)
-            new = column[match(known, column) < 0].unique()
-            if known.dtype.kind in "iu":  # a column of whole numbers with a gap, once, is one of floats
-                new = [int(v) if isinstance(v, float) and v.is_integer() else v for v in new]
-            if len(new):
-                found[key] = sorted(new, key=str)
-        return found
-
-    def _check_genes(self, adata: AnnData) -> np.ndarray:
-        """Which of the reference's genes the query has, (G,) bool, if they are enough."""
-        if not adata.var_names.is_unique:
-            msg = "adata.var_names are not unique, so genes cannot be matched: run `adata.var_names_make_unique()`."
-            raise ValueError(msg)
-        present = measured(adata, self.schema)
-        if present.mean() < LEAST_GENES:
-            some = [str(g) for g in self.schema.var_names[~present][:3]]
-            msg = (
-                f"The query has {present.sum()} of the reference's {len(present)} genes, fewer than "
-                f"{LEAST_GENES:.0%}: too few to map. Are the names of the same kind (symbols or Ensembl ids)? The "
-                f"reference has {some}, the query {[str(g) for g in adata.var_names[:3]]}."
-            )
-            raise ValueError(msg)
-        if not present.all() and "gene_stand_ins" not in self.reference:
-            msg = (
-                f"The query lacks {(~present).sum()} genes, and this model was trained or saved by a version of "
-                "sccvae that did not note what stands for them. Train the reference again."
-            )
-            raise ValueError(msg)
-        return present
-
-    def _query_labels(self) -> np.ndarray | None:
-        """Codes of the query's labels, -1 where there is none or the reference does not know it; None without any."""
-        key = self.schema.labels_key
-        if not hasattr(self.module, "classify") or key is None or key not in self.adata.obs:
-            return None
-        codes = match(self.schema.classes, self.adata.obs[key])
-        return codes if (codes >= 0).any() else None
-
-    def _label_report(self, adata: AnnData) -> dict[str, Any]:
-        key = self.schema.labels_key
-        if key is None or key not in adata.obs:
-            return {"n_unlabelled": int(adata.n_obs), "unknown_labels": []}
-        column = adata.obs[key]
-        known = is_label(column, self.schema.unlabeled_category)
-        unknown = column[known & (match(self.schema.classes, column) < 0)]
-        return {"n_unlabelled": int((~known).sum()), "unknown_labels": sorted(set(unknown.astype(str)))}
-
     def _start_dispersions(self, store: CellStore, known: Sequence[int]) -> None:
         """Start the dispersions of new batches, where they have their own, at the query's cells."""
         likelihood = self.module.likelihood
@@ -394,18 +326,11 @@ class MappingMixin(TransferMixin):
     def _summarise(self) -> None:
         super()._summarise()
         if self.is_query:
-            self._model_summary_string += f"\n{self._report_text()}"
+            self._model_summary_string += f"\n{self._said_of_query()}"
 
-    def _report_text(self) -> str:
-        """What is new, masked or left out, for the log and for what the model prints."""
-        found = self.query_report
-        lines = [f"query of {found['n_cells']} cells"]
-        lines += [f"new in obs[{key!r}]: {values}" for key, values in found["new_categories"].items()]
-        missing, n = found["missing_genes"], len(self.schema.var_names)
-        if missing:
-            lines.append(f"{len(missing)} of {n} genes ({len(missing) / n:.0%}) are missing and masked: {missing[:5]}")
-        if found["n_genes_left_out"]:
-            lines.append(f"{found['n_genes_left_out']} genes are not known to the reference and left out")
-        if found["unknown_labels"]:
-            lines.append(f"labels that the reference does not have are not used: {found['unknown_labels']}")
-        return "; ".join(lines)
+    def _said_of_query(self) -> str:
+        return report_text(self.query_report, len(self.schema.var_names))
+
+    def _check_genes(self, adata: AnnData) -> np.ndarray:
+        """Which of the reference's genes the query has, (G,) bool, if they are enough."""
+        return genes_of(adata, self.schema, maskable="gene_stand_ins" in self.reference)

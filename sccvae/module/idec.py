@@ -38,6 +38,8 @@ class IDEC(GenerativeModule):
     ----------
     stage
         ``"clustering"``, or ``"pretraining"``: a denoising autoencoder.
+    noted
+        z (n, d) of a mini-batch between its error and its penalty, which are of the same; else None.
     frequencies
         f, (K,); the training brings it up to date.
 
@@ -88,6 +90,7 @@ class IDEC(GenerativeModule):
         self.latent = Linear(self.encoder.n_out, n_latent)
         self.decoder = MLP(n_latent, **mlp)
         self.likelihood = Normal(sigma="unit").build(self.decoder.n_out, n_features)
+        self.noted: Tensor | None = None
         self.set_components(n_components)
 
     def set_components(self, n_components: int) -> None:
@@ -117,7 +120,9 @@ class IDEC(GenerativeModule):
 
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Square error of each observation, (n,)."""
-        p_x = self.generative(self.inference(batch), batch)
+        latents = self.inference(batch)
+        self.noted = latents["z"] if self.training else None
+        p_x = self.generative(latents, batch)
         error = (batch.dense - p_x.mean).square()
         return {"reconstruction": (error if batch.present is None else error[:, batch.present[0]]).sum(-1)}
 
@@ -135,9 +140,10 @@ class IDEC(GenerativeModule):
         return (2 * log_q.detach() - self.frequencies.log()).log_softmax(-1)
 
     def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
-        """``clustering``: ``gamma`` G KL(p || q), the mean over the batch (equation 6)."""
+        """``clustering``: ``gamma`` G KL(p || q), the mean over the batch (equation 6); z is that of the error."""
         del late
+        z, self.noted = self.noted, None  # what hangs on a graph cannot be copied
         if self.stage == "pretraining":
             return {}
-        log_q = self.log_q_y(self.inference(batch)["z"])
+        log_q = self.log_q_y(self.inference(batch)["z"] if z is None else z)
         return {"clustering": self.weight * kl_categorical(self.log_target(log_q), log_q).mean()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 from sklearn.metrics import adjusted_rand_score
 
 from sccvae.data import CellStore
@@ -27,6 +27,7 @@ from sccvae.train.guide import (
     joint_graph,
     principal_components,
 )
+from sccvae.train.monitor import MixtureMonitor
 from sccvae.train.passes import over_cells, some_rows
 from sccvae.train.phases import Phases, at_stage, drawn_with
 from sccvae.train.schedules import default_max_epochs
@@ -65,8 +66,8 @@ ROUND_EPOCHS, GUIDED_EPOCHS, FREE_EPOCHS = 6, 15, 5
 KNOWN_SHARE, KNOWN_TIMES = 0.2, 20
 #: Cells that the monitor looks at after each epoch.
 MONITORED = 2_000
-#: A component counts as in use from this share of the cells on; a guided one is lost below this share of its guide.
-IN_USE, LOST = 0.005, 0.2
+#: A guided component is lost below this share of its guide.
+LOST = 0.2
 
 
 @dataclass
@@ -371,36 +372,3 @@ def _lost(module: GMVAE, store: CellStore, rows: np.ndarray, labels: np.ndarray)
     found = over_cells(module, store, rows, lambda b: module.classify(b).argmax(1))
     sizes = np.bincount(labels[labels >= 0], minlength=module.n_components)
     return [int(k) for k in range(module.n_components) if sizes[k] and (found == k).sum() < LOST * sizes[k]]
-
-
-class MixtureMonitor(Callback):
-    """Watches the mixture over the epochs, on a few training cells; the history of the training tells what it sees.
-
-    For each epoch these are ``components_in_use`` (of at least 0.5 % of the cells), ``entropy`` of q(y|.) in nats,
-    ``active_units`` of z (variance of the means above 0.01; Burda et al. 2016) and ``occupancy_<k>``, the share of
-    cells.
-
-    Parameters
-    ----------
-    store
-        The cells.
-    watched
-        Which of them, (n,) int64.
-    """
-
-    def __init__(self, store: CellStore, watched: np.ndarray) -> None:
-        self.store, self.watched = store, watched
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the cells."""
-        module = pl_module.module
-        q = torch.from_numpy(over_cells(module, self.store, self.watched, module.classify))
-        z = torch.from_numpy(over_cells(module, self.store, self.watched, lambda b: module.inference(b)["z"].loc))
-        module.train()
-        share = torch.bincount(q.argmax(1), minlength=q.shape[1]) / len(q)
-        row = {
-            "components_in_use": float((share >= IN_USE).sum()),
-            "entropy": float(-(q * q.clamp(min=1e-12).log()).sum(1).mean()),
-            "active_units": float((z.var(0) > 0.01).sum()) if len(z) > 1 else 0.0,
-        }
-        pl_module.watched = row | {f"occupancy_{k}": float(s) for k, s in enumerate(share)}
