@@ -73,7 +73,9 @@ def parser(run: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     demo = _command(commands, "demo", run, "the whole job on real cells with a planted batch effect", DEMO_HELP)
     demo.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="folder for the results, "
                       "made if missing; its files of the same names are replaced (default: demo_output)")  # fmt: skip
-    demo.add_argument("--seed", type=int, default=0, help="of the planted effect, the model and the UMAPs (default: 0)")
+    demo.add_argument(
+        "--seed", type=_not_negative, default=0, help="of the planted effect, the model and the UMAPs (default: 0)"
+    )
     return top
 
 
@@ -195,7 +197,7 @@ def _training_options(command: argparse.ArgumentParser, models: Sequence[str] = 
     add("--max-epochs", type=_positive, metavar="N", help="default: by the number of cells, 20 to 400")
     add("--batch-size", type=_positive, metavar="N", help="default: 128")
     add("--accelerator", metavar="NAME", help="auto, cpu, gpu, ... (default: auto)")
-    add("--seed", type=int, metavar="N", help="same seed, same result (default: 0)")
+    add("--seed", type=_not_negative, metavar="N", help="same seed, same result (default: 0)")
 
 
 def _h5ad(text: str) -> Path:
@@ -216,6 +218,13 @@ def _assignment(text: str) -> tuple[str, str]:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         msg = f"{text!r} is not a whole number above 0"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        msg = f"{text!r} is not a whole number, 0 or more"
         raise argparse.ArgumentTypeError(msg)
     return int(text)
 

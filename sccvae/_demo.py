@@ -56,6 +56,7 @@ def run(*, seed: int = 0, progress_bar: bool = True, say: Callable[[str], Any] =
     import scanpy as sc
 
     from sccvae import datasets, model, tl
+    from sccvae.pl._scatter import compute_umap
 
     adata = datasets.plant_batch_effect(datasets.pbmc68k_reduced(), strength=STRENGTH, seed=seed)
     adata.uns.pop("louvain_colors")
@@ -68,7 +69,7 @@ def run(*, seed: int = 0, progress_bar: bool = True, say: Callable[[str], Any] =
     tl.correct(adata, cvae, reference=REFERENCE)
     say("UMAPs (compiling them takes some seconds)")
     for basis in ("X_pca", "X_cvae"):
-        adata.obsm[f"{basis}_umap"] = _umap(adata.obsm[basis], seed)
+        adata.obsm[f"{basis}_umap"] = compute_umap(adata.obsm[basis], n_neighbors=15, seed=seed)
     say("scores and pictures")
     return Demo(adata, _figures(adata, cvae), table(adata, seed))
 
@@ -146,16 +147,6 @@ def _per_10k(counts: Any) -> np.ndarray:
     """Counts scaled to 10,000 a cell, (n_cells, n_genes) float64; cells without counts stay zero."""
     counts = counts.toarray().astype(np.float64)
     return 1e4 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
-def _umap(representation: np.ndarray, seed: int) -> np.ndarray:
-    import scanpy as sc
-    from anndata import AnnData
-
-    light = AnnData(obsm={"X": representation}, shape=(len(representation), 0))
-    sc.pp.neighbors(light, use_rep="X", random_state=seed)
-    sc.tl.umap(light, random_state=seed)
-    return light.obsm["X_umap"]
 
 
 def _figures(adata: AnnData, cvae: Any) -> dict[str, Figure]:

@@ -125,12 +125,19 @@ def _correct(args: argparse.Namespace, received: list[int]) -> None:
 
 def _counterfactual(args: argparse.Namespace, received: list[int]) -> None:
     options = _options(args) | {"library_size": args.library_size, "key_added": args.key}
+    condition = dict(args.condition)
+    if len(condition) < len(args.condition):
+        args.usage_error("--condition names a column twice; a cell is under one condition of each")
     adata = _read(args.input)
     from sccvae import tl
 
     model = _model(args)
     numbers = (args.continuous_covariate_keys or ()) if isinstance(model, str) else model.schema.continuous
-    condition = {key: float(value) if key in numbers else value for key, value in args.condition}
+    for key in condition.keys() & set(numbers):
+        try:
+            condition[key] = float(condition[key])
+        except ValueError:
+            args.usage_error(f"--condition {key}={condition[key]}: {key} is continuous; give a number")
     tl.counterfactual(adata, condition, model, **options)
     _stop_if(received)
     write_h5ad(adata, args.output)

@@ -19,6 +19,7 @@ from scipy import sparse
 import sccvae
 from sccvae import _demo, cli, datasets, model, tl
 from sccvae.cli import main
+from sccvae.pl import _scatter
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--max-epochs", "2"]
@@ -402,7 +403,7 @@ def test_demo(folder, capsys, monkeypatch):
     few = datasets.pbmc68k_reduced()[::3, ::5].copy()
     monkeypatch.setattr(datasets, "pbmc68k_reduced", lambda: few.copy())
     monkeypatch.setattr(_demo, "MAX_EPOCHS", 2)
-    monkeypatch.setattr(_demo, "_umap", lambda representation, seed: representation[:, :2])  # compiling it takes 20 s
+    monkeypatch.setattr(_scatter, "compute_umap", lambda x, **_: x[:, :2])  # compiling it takes 20 s
     assert main(["demo", "--out", "new/results"]) == 0
     said = capsys.readouterr().out
     for text in ("batches mixed", "accuracy of neighbours", "Correlation with the truth", "profiles of cell types"):

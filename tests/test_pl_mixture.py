@@ -83,7 +83,7 @@ def test_mixture_reaches_out_to_means_far_from_the_cells(gmvae):
 
 def test_mixture_embeds_means_with_the_cells_and_takes_some_cells(gmvae, monkeypatch):
     seen = []
-    monkeypatch.setattr(_mixture, "_compute_umap", lambda x, **_: (seen.append(x), x[:, :2] + 1)[1])
+    monkeypatch.setattr(_mixture, "compute_umap", lambda x, **_: (seen.append(x), x[:, :2] + 1)[1])
     wide = SimpleNamespace(
         adata=gmvae.adata,
         component_names=gmvae.component_names,
@@ -102,7 +102,7 @@ def test_mixture_embeds_means_with_the_cells_and_takes_some_cells(gmvae, monkeyp
 
 
 def test_mixture_without_means_names_only_what_is_used(monkeypatch):
-    monkeypatch.setattr(_mixture, "_compute_umap", lambda x, **_: x[:, :2])
+    monkeypatch.setattr(_mixture, "compute_umap", lambda x, **_: x[:, :2])
     ax = pl.mixture(Clusters())
     assert not marks(ax)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["0", "1"]

@@ -62,7 +62,8 @@ def check_setup(
     KeyError
         If a layer or an ``obs`` column is missing.
     ValueError
-        If ``adata`` is a view, is empty, has duplicate gene names, or a column has missing or unusable values.
+        If ``adata`` is a view, is empty, has duplicate gene names, a column has missing or unusable values, or is named
+        both as categories and as a number.
 
     Warns
     -----
@@ -111,6 +112,13 @@ def check_setup(
         if key not in adata.obs:
             msg = f"There is no adata.obs[{key!r}]; the columns are {list(adata.obs.columns)}."
             raise KeyError(msg)
+    both = sorted({*filter(None, categorical)} & {*filter(None, numerical)})
+    if both:
+        msg = (
+            f"adata.obs[{both[0]!r}] is named as a batch or categorical covariate and as a number; name it once, or "
+            f"make a second column: `adata.obs['{both[0]}_group'] = adata.obs[{both[0]!r}].astype(str)`."
+        )
+        raise ValueError(msg)
     for key in filter(None, categorical):
         missing = int(adata.obs[key].isna().sum())
         if missing:

@@ -56,7 +56,8 @@ def anndata_fields(
     if categorical:
         found.append(ConditionsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
     if continuous_covariate_keys:
-        found.append(fields.NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, list(continuous_covariate_keys)))
+        continuous = list(dict.fromkeys(continuous_covariate_keys))
+        found.append(fields.NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous))
     return found
 
 
@@ -196,7 +197,7 @@ class Schema:
             var_names=np.asarray(state(REGISTRY_KEYS.X_KEY)["column_names"]),
             layer=args.get("layer"),
             categories=categories,
-            continuous=tuple(args.get("continuous_covariate_keys") or ()),
+            continuous=tuple(dict.fromkeys(args.get("continuous_covariate_keys") or ())),
             size_factor_key=args.get("size_factor_key"),
             batch_key=args.get("batch_key"),
             labels_key=args.get("labels_key"),

@@ -86,7 +86,8 @@ class DiskMatrix:
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray | sparse.csr_matrix:
         """Rows as float32 CSR or dense, in the order asked for; a row may be asked for more than once."""
         if isinstance(rows, slice):
-            return self._read(*rows.indices(len(self))[:2])
+            start, stop, step = rows.indices(len(self))
+            return self._read(start, stop) if step == 1 else self[np.arange(start, stop, step)]
         rows = np.asarray(rows)
         ordered, back = np.unique(rows, return_inverse=True)
         gap = max(1.0, self.chunk_rows / 4, GAP_BYTES / self.row_bytes)

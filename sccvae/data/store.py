@@ -71,8 +71,8 @@ class ChunkLoader:
     """Iterate over chunks, each a list of mini-batches (dictionaries of tensors).
 
     Every cell comes once; with several processes once in one of them, and all have the same number of mini-batches.
-    Mini-batches differ by at most one cell in size and never exceed ``batch_size``, so there is no last mini-batch of a
-    single cell (batch norm cannot work on one) unless there is a single cell.
+    Mini-batches differ by at most one cell in size and never exceed ``batch_size``, so from a ``batch_size`` of 3 on
+    there is no last mini-batch of a single cell (batch norm cannot work on one) unless there is a single cell.
 
     Parameters
     ----------

@@ -95,7 +95,7 @@ class NBObservation(CountObservation):
 
     def __init__(self, scores: Tensor, library: Tensor, log_theta: Tensor, rows: Tensor | None = None) -> None:
         super().__init__(scores, library)
-        self._log_theta, self._rows = log_theta, rows
+        self._log_theta, self._rows = log_theta.to(library.dtype), rows
 
     @cached_property
     def log_theta(self) -> Tensor:

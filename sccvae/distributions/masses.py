@@ -44,7 +44,7 @@ def log_poisson(x: Tensor, log_mu: Tensor) -> Tensor:
     Log mass, of the broadcast shape.
     """
     dtype, x, log_mu = log_mu.dtype, x.double(), log_mu.double()
-    return (x * log_mu - log_mu.exp() - torch.lgamma(x + 1)).to(dtype)
+    return (_times(x, log_mu) - log_mu.exp() - torch.lgamma(x + 1)).to(dtype)
 
 
 def log_nb(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
@@ -68,7 +68,12 @@ def log_nb(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
     dtype, x, log_mu, log_theta = log_mu.dtype, x.double(), log_mu.double(), log_theta.double()
     theta = log_theta.exp()
     ways = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
-    return (ways + nb_zero(log_mu, log_theta) - x * softplus(log_theta - log_mu)).to(dtype)
+    return (ways + nb_zero(log_mu, log_theta) - _times(x, softplus(log_theta - log_mu))).to(dtype)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """X y, and 0 where x is, also where y is infinite: a mean of 0 gives no counts for sure."""
+    return torch.where(x > 0, x * y, 0.0)
 
 
 def log_zinb(x: Tensor, log_mu: Tensor, log_theta: Tensor, logits: Tensor) -> Tensor:

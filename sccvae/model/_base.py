@@ -268,6 +268,17 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
     def _rows(self, adata: AnnData | None, indices: Sequence[int] | slice | None) -> np.ndarray:
         return row_numbers(indices, self._given(adata).n_obs)
 
+    @property
+    def _known_codes(self) -> np.ndarray:
+        """Codes of the combinations of conditions that cells of the training data have, (n, n_keys) int64."""
+        codes = self.reference["codes"]
+        return np.asarray(codes, dtype=np.int64).reshape(len(codes), -1)
+
+    def _known_categories(self, key: str) -> list[Any]:
+        """Categories of the condition ``key`` that cells of the training data have: others were not learned."""
+        learned = set(self._known_codes[:, list(self.schema.categories).index(key)].tolist())
+        return [value for code, value in enumerate(self.schema.categories[key].tolist()) if code in learned]
+
     def _category_code(self, key: str, category: Any) -> int:
         """Code of a category of the condition ``key`` that the model was trained with.
 
@@ -277,7 +288,7 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
             If the category is not known, or no cell had it.
         """
         code, column = self.schema.code(key, category), list(self.schema.categories).index(key)
-        if all(codes[column] != code for codes in self.reference["codes"]):
+        if code not in self._known_codes[:, column]:
             msg = f"No cell of the training data has obs[{key!r}] == {category!r}, so it was not learned."
             raise ValueError(msg)
         return code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count, islice
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ import torch
 from anndata import AnnData
 
 from sccvae.model._base import evaluating
+from sccvae.nn import check_sizes
 
 
 class ClusteringMixin:
@@ -114,12 +114,6 @@ class ClusteringMixin:
         share = self.predict_proba(adata, indices).mean(0, dtype=np.float64)
         return float(np.exp(-(share * np.log(np.maximum(share, 1e-300))).sum()))
 
-    def _component_code(self, component: Any) -> int:
-        if str(component) not in self.component_names:
-            msg = f"component={component!r} is not one of {self.component_names}."
-            raise ValueError(msg)
-        return self.component_names.index(str(component))
-
 
 def entropy(q: np.ndarray) -> np.ndarray:
     """Entropy in nats, (n,), of probabilities (n, K)."""
@@ -157,10 +151,10 @@ class MixtureMixin(ClusteringMixin):
         -------
         Two data frames (K, n_latent) of float32, rows named as in ``predict``.
         """
+        self._check_if_trained(warn=True)
         n = len(self.reference["frequencies"])
-        codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(n, -1)
         with evaluating(0):
-            batch = self._empty_batch(codes)
+            batch = self._empty_batch(self._known_codes)
             loc = self.module.prior_w(batch).loc.expand(n, self.module.n_w)
             p = self.module.components(loc)
         weights = torch.tensor(self.reference["frequencies"], dtype=p.loc.dtype, device=p.loc.device)[:, None, None]
@@ -183,13 +177,16 @@ class MixtureMixin(ClusteringMixin):
 
         Raises
         ------
+        TypeError
+            If ``n_clusters`` is no whole number.
         ValueError
-            If ``n_clusters`` is not between 1 and K.
+            If it is not between 1 and K.
         """
         from scipy.cluster.hierarchy import fcluster, linkage
         from scipy.spatial.distance import squareform
 
         k = self.n_components
+        check_sizes(**({} if n_clusters is None else {"n_clusters": n_clusters}))
         if n_clusters is not None and not 1 <= n_clusters <= k:
             msg = f"n_clusters={n_clusters} must be between 1 and the number of components, {k}."
             raise ValueError(msg)

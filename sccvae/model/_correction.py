@@ -200,8 +200,7 @@ class CorrectionMixin(DecodingMixin):
         batches = transform_batch
         key = self.schema.batch_key
         if isinstance(batches, str) and batches == "all" and key and "all" not in self.schema.categories[key]:
-            seen = {codes[0] for codes in self.reference["codes"]}
-            batches = [b for code, b in enumerate(self.schema.categories[key].tolist()) if code in seen]
+            batches = self._known_categories(key)
         size = layer_library_size(self, library_size)
         entry = {"transform_batch": "own" if batches is None else [str(b) for b in np.atleast_1d(batches)]}
         entry |= {"n_samples": n_samples} | ({} if size is None else {"library_size": size})

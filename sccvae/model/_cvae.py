@@ -145,6 +145,6 @@ class CVAE(
                 "prior='learned'."
             )
             raise ValueError(msg)
-        codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(len(self.reference["frequencies"]), -1)
+        codes = self._known_codes
         library = np.full((len(codes), 1), self.reference["library_quantiles"][50], dtype=np.float32)
         return self._generate(codes, library, mean=True, seed=0, center=True)

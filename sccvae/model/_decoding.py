@@ -119,7 +119,7 @@ class DecodingMixin:
         rows = self._rows(adata, indices)
         shape = (len(rows), len(genes))
         apart = n_samples > 1 and not return_mean
-        if (apart or draw) and any(factor.kind == "delta" for factor in self.module.factors.inference):
+        if (n_samples > 1 or draw) and any(factor.kind == "delta" for factor in self.module.factors.inference):
             msg = f"{type(self).__name__} has a deterministic encoder: there are no draws of z to give."
             raise ValueError(msg)
         if apart and out is not None:
@@ -145,8 +145,8 @@ class DecodingMixin:
                 for p_x in observations:
                     one = p_x.expression(size, into)
                     one = one if columns is None else one[:, columns]
-                    draw = several % len(sums)
-                    sums[draw], several = one if sums[draw] is None else sums[draw] + one, several + 1
+                    i = several % len(sums)
+                    sums[i], several = one if sums[i] is None else sums[i] + one, several + 1
                 if sd is not None:
                     draws = torch.stack(sums) / len(changes)  # (n_samples, n, genes)
                     sd[here] = draws.std(0).cpu().numpy()

@@ -228,7 +228,8 @@ class GMVAE(
 
         Returns
         -------
-        AnnData (n, genes): X as for :meth:`VAE.sample`; ``obs["component"]``; ``obsm["z"]``.
+        AnnData (n, genes): X as for :meth:`VAE.sample`; ``obs["component"]`` (``"drawn_component"``, if that is the
+        name of a condition); ``obsm["z"]``.
 
         Raises
         ------
@@ -241,10 +242,14 @@ class GMVAE(
             shares = np.asarray(self.reference.get("component_shares") or np.ones(self.n_components))
             self._drawn = rng.choice(self.n_components, n, p=shares / shares.sum())
         else:
-            self._drawn = np.full(n, self._component_code(component))
+            if str(component) not in self.component_names:
+                msg = f"component={component!r} is not one of {self.component_names}."
+                raise ValueError(msg)
+            self._drawn = np.full(n, self.component_names.index(str(component)))
         try:
             generated = super().sample(n, batch=batch, mean=mean, seed=seed)
-            generated.obs["component"] = pd.Categorical.from_codes(self._drawn, categories=self.component_names)
+            name = "drawn_component" if "component" in generated.obs else "component"
+            generated.obs[name] = pd.Categorical.from_codes(self._drawn, categories=self.component_names)
         finally:
             del self._drawn
         return generated

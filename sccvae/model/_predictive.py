@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sccvae.data import measured
 from sccvae.model._base import evaluating
@@ -136,8 +136,8 @@ class PredictiveMixin(ParametersMixin):
             msg = f"n_samples={n_samples} must be at least 2, and band={band} above 0 and below 1."
             raise ValueError(msg)
         n, n_genes = len(self._rows(adata, indices)), len(self.schema.var_names)
-        real = _Sums(1, n_genes)
-        replicated = _Sums(n_samples, n_genes)
+        real = _Moments(1, n_genes)
+        replicated = _Moments(n_samples, n_genes)
         with (
             evaluating(seed),
             tqdm(total=n, unit="cells", disable=not progress_bar, desc="posterior predictive") as bar,
@@ -157,7 +157,7 @@ class PredictiveMixin(ParametersMixin):
         return table[measured(self._given(adata), self.schema)]
 
 
-class _Sums:
+class _Moments:
     """Running sums over cells of data sets with the same genes, float64."""
 
     def __init__(self, n_sets: int, n_genes: int) -> None:

@@ -30,7 +30,7 @@ class SamplingMixin:
         n
             Number of cells.
         batch
-            Category of ``batch_key`` for all of them; None draws it.
+            Category of ``batch_key`` for all of them; None draws it. Only for models that read it (CVAE, GMVAE).
         mean
             Give the expected values instead of draws (for images: grey instead of black and white).
         seed
@@ -38,22 +38,25 @@ class SamplingMixin:
 
         Returns
         -------
-        AnnData (n, genes): X sparse for counts, else dense, float32; obs with the conditions; ``obsm["z"]``.
+        AnnData (n, genes): X sparse for counts, else dense, float32; obs with the conditions that the model reads;
+        ``obsm["z"]``.
 
         Raises
         ------
         ValueError
-            If the batch is not known, or ``n`` is not positive.
+            If the batch is not known, or the model does not read it, or ``n`` is not positive.
         TypeError
             If ``n`` is no whole number.
         """
         check_sizes(n=n)
         rng = np.random.default_rng(seed)
-        frequencies = np.asarray(self.reference["frequencies"])
-        codes = np.asarray(self.reference["codes"], dtype=np.int64).reshape(len(frequencies), -1)
+        frequencies, codes = np.asarray(self.reference["frequencies"]), self._known_codes
         if batch is not None:
-            if self.schema.batch_key is None:
-                msg = f"batch={batch!r}: the model was set up without batch_key."
+            if self.schema.batch_key is None or not self._reads_conditions:
+                why = "the model was set up without batch_key"
+                if self.schema.batch_key is not None:
+                    why = f"a {type(self).__name__} knows no batch; use a CVAE or a GMVAE"
+                msg = f"batch={batch!r}: {why}."
                 raise ValueError(msg)
             keep = codes[:, 0] == self._category_code(self.schema.batch_key, batch)
             codes, frequencies = codes[keep], frequencies[keep] / frequencies[keep].sum()
@@ -66,7 +69,8 @@ class SamplingMixin:
         self, codes: np.ndarray, library: np.ndarray, *, mean: bool, seed: int, center: bool = False
     ) -> AnnData:
         """Cells with these codes (n, n_keys) and library sizes (n, 1); ``center`` puts z at the mean of its prior."""
-        module, schema = self.module.eval(), self.schema
+        self._check_if_trained(warn=True)
+        module, schema = self.module.eval(), self._read_schema
         parts, latents = [], []
         counts = module.likelihood.support == "counts"
         with evaluating(seed):
@@ -82,7 +86,7 @@ class SamplingMixin:
         for i, (key, categories) in enumerate(schema.categories.items()):
             obs[key] = pd.Categorical.from_codes(codes[:, i], categories=categories)
         for i, key in enumerate(schema.continuous):
-            obs[key] = float(module.conditions.center[i]) if hasattr(module, "conditions") else 0.0
+            obs[key] = float(module.conditions.center[i])
         generated = AnnData(
             sparse.vstack(parts, format="csr") if counts else np.concatenate(parts),
             obs=obs,
@@ -91,7 +95,7 @@ class SamplingMixin:
         )
         # so that the model can read what it made
         if schema.layer is not None:
-            generated.layers[schema.layer] = generated.X
+            generated.layers[schema.layer] = generated.X.copy()
         if schema.size_factor_key is not None:
             generated.obs[schema.size_factor_key] = library[:, 0] / self.reference["library_unit"]
         if "image_shape" in self.reference:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,6 @@ class IDEC(GenerativeModule):
     ----------
     stage
         ``"clustering"``, or ``"pretraining"``: a denoising autoencoder.
-    noted
-        z (n, d) of a mini-batch between its error and its penalty, which are of the same; else None.
     frequencies
         f, (K,); the training brings it up to date.
 
@@ -90,8 +88,12 @@ class IDEC(GenerativeModule):
         self.latent = Linear(self.encoder.n_out, n_latent)
         self.decoder = MLP(n_latent, **mlp)
         self.likelihood = Normal(sigma="unit").build(self.decoder.n_out, n_features)
-        self.noted: Tensor | None = None
+        self._noted: tuple[Batch, Tensor] | None = None  # z of a mini-batch, from its error for its penalty
         self.set_components(n_components)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but z of a mini-batch: it hangs on a graph, which cannot be copied."""
+        return self.__dict__ | {"_noted": None}
 
     def set_components(self, n_components: int) -> None:
         """Make what depends on K anew: the centres, at random."""
@@ -121,7 +123,7 @@ class IDEC(GenerativeModule):
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Square error of each observation, (n,)."""
         latents = self.inference(batch)
-        self.noted = latents["z"] if self.training else None
+        self._noted = (batch, latents["z"]) if self.training else None
         p_x = self.generative(latents, batch)
         error = (batch.dense - p_x.mean).square()
         return {"reconstruction": (error if batch.present is None else error[:, batch.present[0]]).sum(-1)}
@@ -142,8 +144,8 @@ class IDEC(GenerativeModule):
     def penalties(self, batch: Batch, late: float | Tensor) -> dict[str, Tensor]:
         """``clustering``: ``gamma`` G KL(p || q), the mean over the batch (equation 6); z is that of the error."""
         del late
-        z, self.noted = self.noted, None  # what hangs on a graph cannot be copied
+        (of, z), self._noted = self._noted or (None, None), None
         if self.stage == "pretraining":
             return {}
-        log_q = self.log_q_y(self.inference(batch)["z"] if z is None else z)
+        log_q = self.log_q_y(z if of is batch else self.inference(batch)["z"])
         return {"clustering": self.weight * kl_categorical(self.log_target(log_q), log_q).mean()}

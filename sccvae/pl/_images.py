@@ -41,9 +41,9 @@ def images(
     n
         At most so many are drawn, the first ones.
     cmap
-        Matplotlib colour map; ``"gray_r"`` prints dark on white. The scale is [0, 1] where all values lie in it,
-        otherwise from the least to the greatest value; a stray hundredth on
-        either side may leave it by a tenth, as the mean of a normal likelihood does.
+        Matplotlib colour map; ``"gray_r"`` prints dark on white. The scale is [0, 1] where the values lie in it, else
+        from the least to the greatest. They may leave it by a tenth, as means of a normal likelihood do, and a
+        hundredth on either side by more.
 
     Returns
     -------
@@ -52,8 +52,12 @@ def images(
     Raises
     ------
     ValueError
-        If there is no image, its shape is not known or does not fit, or titles and images differ in number.
+        If there is no image, its shape is not known or does not fit, titles and images differ in number, or ``n`` or
+        ``ncols`` is not positive.
     """
+    if n < 1 or ncols < 1:
+        msg = f"n={n} and ncols={ncols} must be at least 1."
+        raise ValueError(msg)
     pictures = _pictures(_rows(adata[:n]), _shape(adata, image_shape))
     if titles is not None:
         titles = list(titles)[: len(pictures)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from ._history import PHASES, _read
 from ._images import _draw, _pictures, _rows, _shape
-from ._scatter import _categories, _compute_umap, _legend, _points, single
+from ._scatter import _categories, _legend, _points, compute_umap, single
 from ._style import NORMAL, SMALL, bare, legend_width, palette, panels, plain
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _view(model: Any, adata: Any, rows: np.ndarray, seed: int) -> tuple[np.ndarr
     both = np.concatenate([z, means])
     label = "z"
     if z.shape[1] != 2:
-        both, label = _compute_umap(both, n_neighbors=min(15, len(both) - 1), seed=seed), "UMAP"
+        both, label = compute_umap(both, n_neighbors=min(15, len(both) - 1), seed=seed), "UMAP"
     marked = dict(zip(model.component_names, both[len(z) :], strict=False))
     return both[: len(z)], marked, label
 

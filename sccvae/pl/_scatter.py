@@ -135,7 +135,7 @@ def umap(
         if f"{basis}_umap" in adata.obsm:
             embedded.append(_finite(_basis(adata, f"{basis}_umap"), f"obsm['{basis}_umap']")[:, :2])
         else:
-            embedded.append(_compute_umap(representation, n_neighbors=n_neighbors, seed=seed))
+            embedded.append(compute_umap(representation, n_neighbors=n_neighbors, seed=seed))
 
     legends = [_categories(values) for values, _ in columns]
     room = sum(legend_width(names) if names else 0.8 for names in legends)
@@ -162,7 +162,7 @@ def _several(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _compute_umap(representation: np.ndarray, *, n_neighbors: int, seed: int) -> np.ndarray:
+def compute_umap(representation: np.ndarray, *, n_neighbors: int, seed: int) -> np.ndarray:
     """UMAP coordinates, shape (cells, 2), from a fresh AnnData: the caller's stays as it is."""
     if len(representation) < _MIN_UMAP:
         msg = (

@@ -13,6 +13,7 @@ from anndata import AnnData
 from sccvae.data.out import check_room
 from sccvae.model import BaseModel
 from sccvae.model._correction import check_layer, layer_library_size
+from sccvae.model._decoding import DECODES_FROM_CONDITIONS
 
 from ._embed import write_embedding
 from ._job import plain, requested, target, trained_model
@@ -146,14 +147,13 @@ def _record(
 def _batches(model: BaseModel, reference: Any) -> list[Any]:
     """The batches to average over."""
     key = model.schema.batch_key
-    if key is None or not any(f.variable == "x" and "c" in f.parents for f in model.module.factors.generative):
+    if key is None or not model._decoder_sees_conditions:
         msg = (
             f"This {type(model).__name__} does not decode from the batch ({model.module.factors.p}). "
-            "Use a CVAE with batch_key= and any prior but 'learned'."
+            f"Use {DECODES_FROM_CONDITIONS}, with batch_key=."
         )
         raise ValueError(msg)
-    seen = {codes[0] for codes in model.reference["codes"]}  # a category that no cell has was not learned
-    known = [batch for code, batch in enumerate(model.schema.categories[key].tolist()) if code in seen]
+    known = model._known_categories(key)
     if reference is None:
         return known
     several = isinstance(reference, list | tuple | np.ndarray | pd.Index)

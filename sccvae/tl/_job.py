@@ -11,9 +11,9 @@ from anndata import AnnData
 
 from sccvae import __version__
 from sccvae.model import AE, CVAE, GMVAE, VAE, BaseModel
+from sccvae.model._saving import CONDITIONS
 
 MODELS: dict[str, type[BaseModel]] = {"ae": AE, "vae": VAE, "cvae": CVAE, "gmvae": GMVAE}
-CONDITIONS = ("batch_key", "categorical_covariate_keys", "continuous_covariate_keys")
 #: Arguments of the jobs, by what they are handed to.
 SETUP = ("layer", "size_factor_key", "labels_key", "unlabeled_category", *CONDITIONS)
 SETTINGS = ("n_latent", "likelihood", "n_components")
