@@ -137,7 +137,7 @@ def _counterfactual(args: argparse.Namespace, received: list[int]) -> None:
         try:
             condition[key] = float(condition[key])
         except ValueError:
-            args.usage_error(f"--condition {key}={condition[key]}: {key} is continuous; give a number")
+            args.usage_error(f"--condition {key}={condition[key]}: {key} is a continuous covariate; give a number")
     tl.counterfactual(adata, condition, model, **options)
     _stop_if(received)
     write_h5ad(adata, args.output)

@@ -244,8 +244,11 @@ def test_one_batch_only_warns_and_works(adata, tmp_path):
 
 def test_a_batch_of_one_cell_works(adata):
     adata.obs["batch"] = ["single"] + ["many"] * (N - 1)
-    with pytest.warns(UserWarning, match="fewer than 3 cells"):  # scvi-tools' own
+    with pytest.warns(
+        UserWarning, match=r"obs\['batch'\] has 1 of 2 categories with fewer than 3 cells \('single'\)"
+    ) as caught:
         model = make(adata, train=False)
+    assert caught[0].filename == __file__
     model.train(**FAST)
     works(model)
     assert np.isfinite(model.get_normalized_expression(transform_batch="single", return_numpy=True)).all()
@@ -605,7 +608,7 @@ def test_early_stopping_without_held_out_cells(adata, options):
 
 
 def test_two_cells():
-    with pytest.warns(UserWarning, match="fewer than 3 cells"):  # scvi-tools' own
+    with pytest.warns(UserWarning, match="fewer than 3 cells"):
         model = make(toy_counts(2), train=False)
     model.train(**FAST)
     works(model)
@@ -743,3 +746,112 @@ def test_a_loss_that_explodes_says_what_to_do():
     assert not model.is_trained
     with pytest.warns(UserWarning, match="untrained"):
         works(model)
+
+
+# Columns and cells as they come out of a notebook
+
+
+def test_a_condition_is_named_once(adata):
+    adata.obs["age"] = np.linspace(20, 60, N)
+    setup = {"batch_key": "batch", "continuous_covariate_keys": ["age", "age"]}
+    model = make(adata, setup=setup)
+    assert model.schema.continuous == ("age",)
+    adata[:9].copy()  # two columns of one name cannot be copied
+    assert model._change({"age": 30.0}).covariates == {0: 30.0}
+    with pytest.raises(ValueError, match=r"obs\['age'\] is named as a batch or categorical covariate and as a number"):
+        make(adata, setup=setup | {"categorical_covariate_keys": ["age"]})
+
+
+@pytest.mark.parametrize("kind", [np.array, pd.Index, tuple])
+def test_covariate_keys_in_any_list(adata, kind):
+    adata.obs["day"], adata.obs["age"] = np.tile(["a", "b"], N // 2), np.linspace(20, 60, N)
+    setup = {"categorical_covariate_keys": kind(["donor", "day"]), "continuous_covariate_keys": kind(["age"])}
+    model = make(adata, train=False, setup=setup)
+    assert [*model.schema.categories, *model.schema.continuous] == ["donor", "day", "age"]
+
+
+def test_a_column_that_stands_twice(adata):
+    model = make(adata)
+    twice = adata.copy()
+    twice.obs = pd.concat([adata.obs, adata.obs[["batch"]]], axis=1)
+    for action in (
+        lambda: make(twice),
+        lambda: model.load_query(twice),
+        lambda: model.get_latent_representation(twice),
+    ):
+        with pytest.raises(ValueError, match=r"2 columns called 'batch'; keep one: .*duplicated"):
+            action()
+    twice.obs = twice.obs.loc[:, ~twice.obs.columns.duplicated()]  # what the message says
+    works(make(twice))
+
+
+def test_a_part_of_what_was_set_up(adata):
+    make(adata)
+    part = adata[: N // 2].copy()
+    with pytest.raises(ValueError, match=r"a copy, a part of it, or one read from a file: run `CVAE\.setup_anndata"):
+        CVAE(part, **TINY)
+    make(part)
+
+
+def test_batches_to_average_over_in_any_list(adata):
+    model = make(adata)
+    batches = adata.obs["batch"].astype("category")
+    expected = model.get_normalized_expression(transform_batch=batches.cat.categories.tolist())
+    for some in (batches.cat.categories, batches.unique(), pd.Series(batches.unique()), set(batches)):
+        pd.testing.assert_frame_equal(model.get_normalized_expression(transform_batch=some), expected, rtol=1e-5)
+
+
+def test_draws_of_a_deterministic_encoder():
+    model = make(toy_values(N), AE, setup={})
+    with pytest.raises(ValueError, match="AE has a deterministic encoder: there are no draws of z to give"):
+        model.get_normalized_expression(n_samples=5)
+
+
+def test_a_query_without_cells_and_one_of_a_single_cell(adata):
+    model = make(adata)
+    with pytest.raises(ValueError, match=r"The query has no cells; was it filtered"):
+        model.load_query(adata[:0].copy())
+    one = adata[:1].copy()
+    one.obs["batch"] = "new"
+    query = model.load_query(one)
+    query.train(max_epochs=3, progress_bar=False, accelerator="cpu")
+    assert np.isfinite(query.get_latent_representation()).all()
+
+
+def test_loading_with_cells_that_have_no_label(adata, tmp_path):
+    adata.obs["type"] = np.repeat(["T", "B"], N // 2)
+    make(adata, setup={"batch_key": "batch", "labels_key": "type"}).save(tmp_path / "m")
+    for labels in (np.nan, None):
+        if labels is None:
+            del adata.obs["type"]
+        else:
+            adata.obs["type"] = labels
+        with pytest.raises(ValueError, match=r"obs\['type'\] holds no label.*load it without adata and pass these"):
+            CVAE.load(tmp_path / "m", adata)
+    assert np.isfinite(CVAE.load(tmp_path / "m").get_latent_representation(adata)).all()  # what the message says
+
+
+# What is drawn
+
+
+def test_a_drawn_layer_is_not_x(adata):
+    adata.layers["counts"] = adata.X.copy()
+    model = make(adata, setup={"batch_key": "batch", "layer": "counts"})
+    drawn = model.sample(5)
+    before = drawn.layers["counts"].sum()
+    drawn.X.data *= 2
+    assert drawn.layers["counts"].sum() == before
+    model.get_latent_representation(drawn)
+
+
+def test_a_vae_draws_no_batch(adata):
+    model = make(adata, VAE)
+    with pytest.raises(ValueError, match="a VAE knows no batch; use a CVAE or a GMVAE"):
+        model.sample(3, batch="batch0")
+    assert "batch" not in model.sample(3).obs
+    model.get_latent_representation(model.sample(3))
+
+
+def test_drawing_from_an_untrained_model_is_warned_of(adata):
+    with pytest.warns(UserWarning, match="untrained"):
+        make(adata, train=False).sample(2)

@@ -211,6 +211,14 @@ def test_counterfactual(folder, saved, capsys):
     with pytest.raises(SystemExit):
         main([*command, "c.h5ad", "--condition", "donor"])
     assert "'donor' must be KEY=VALUE" in capsys.readouterr().err
+    for more, message in [
+        (["--condition", "batch=1", "--condition", "batch=2"], "--condition names a column twice"),
+        (["--condition", "n=old", "--continuous-covariate", "n"], "--condition n=old: n is a continuous covariate"),
+        (["--condition", "batch=1", "--seed", "-1"], "'-1' is not a whole number, 0 or more"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "c.h5ad", *more])
+        assert message in capsys.readouterr().err
 
 
 def test_correct_trains_on_the_fly(folder):

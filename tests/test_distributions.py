@@ -37,6 +37,7 @@ from sccvae.distributions import (
     log_poisson,
     log_zinb,
 )
+from sccvae.distributions.counts import NBObservation
 
 DTYPES = [torch.float64, torch.float32]
 COUNTS = [0, 1, 2, 7, 60, 1e3, 1e4, 4e4]
@@ -625,3 +626,19 @@ def test_many_counts_of_one_size_lose_nothing(count, log_theta):
         one = math.lgamma(count + theta) - math.lgamma(theta) - math.lgamma(count + 1)
         one += theta * (log_theta - math.log(theta + mu)) + count * (0.5 - math.log(theta + mu))
     assert float(found) == pytest.approx(300 * one, rel=1e-5)
+
+
+def test_a_mean_of_zero_gives_no_counts_for_sure():
+    x, mu, theta = torch.tensor([0.0, 2.0]), torch.tensor(-math.inf), torch.tensor(0.5)
+    for log_p in (log_poisson(x, mu), log_nb(x, mu, theta)):
+        assert log_p.tolist() == [0.0, -math.inf]
+
+
+def test_dispersions_of_a_network_at_low_precision_are_read_by_the_kernels():
+    """As under autocast: scores and dispersions are bfloat16, sizes float32."""
+    scores, log_theta = torch.randn(2, 5, 30).bfloat16()
+    x, library = torch.poisson(torch.rand(5, 30)), torch.full((5, 1), 30.0)
+    p_x = NBObservation(scores, library, log_theta)
+    assert kernels.applies(x, *p_x._log_means()[:1], p_x._log_theta)
+    exact = NBObservation(scores.double(), library.double(), log_theta.double()).log_prob(x.double())
+    torch.testing.assert_close(p_x.log_prob(x).double(), exact, rtol=1e-5, atol=1e-5)

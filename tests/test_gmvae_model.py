@@ -555,3 +555,17 @@ def test_genes_that_differ_between_classes(gmvae):
     batches = adata.obs["condition"].unique().tolist()
     wanted = gmvae.get_normalized_expression(transform_batch=batches, return_numpy=True)
     np.testing.assert_allclose(adata.layers["corrected"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_condition_called_component():
+    adata = make_cells()
+    adata.obs["component"] = adata.obs["condition"]
+    model = make(adata, setup={"batch_key": "component"}, n_components=3)
+    drawn = model.sample(4, batch=adata.obs["component"].iloc[0])
+    assert set(drawn.obs["drawn_component"]) <= set(model.component_names)
+    model.get_latent_representation(drawn)
+
+
+def test_merging_to_no_whole_number(gmvae):
+    with pytest.raises(TypeError, match=r"n_clusters=2\.5 must be a whole number"):
+        gmvae.merge_components(2.5)

@@ -104,7 +104,11 @@ def test_error_and_clustering_are_of_the_same_z():
     plate.train()
     plate.loss(a_batch())[0].backward()
     assert len(passes) == 1
-    copy.deepcopy(plate)  # nothing of the mini-batch is kept
+    plate = a_plate(norm=None).train()
+    plate.elbo_terms(a_batch())
+    copy.deepcopy(plate)  # a training that ended there can be copied
+    other = Batch.of(torch.rand(N, G))
+    assert plate.penalties(other, 1.0) == plate.penalties(other, 1.0)  # not of the z that was noted
 
 
 def test_noise_and_clustering_belong_to_their_stages():

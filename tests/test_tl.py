@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import zarr
+from _training import Raise
 from scipy import sparse
 
 from sccvae import __version__, model, pl, tl
@@ -377,3 +378,31 @@ def test_map_query_does_not_write_over_what_the_reference_reads(cells, monkeypat
     with pytest.raises(ValueError, match=rf"written to obs\['{column}'\], which the model reads.*choose another key"):
         tl.map_query(cells, reference)
     assert keys(cells) == before
+
+
+# interrupted
+
+
+@pytest.mark.parametrize("job", ["embed", "correct", "map_query", "consensus"])
+def test_a_job_that_is_interrupted_writes_nothing(cells, trained, job):
+    """As the stop button of a notebook, once: the next training of several would go on."""
+    before = keys(cells)
+    stop = {"callbacks": [Raise(KeyboardInterrupt(), after=1)], "max_epochs": 5, "progress_bar": False}
+    common = {"layer": "counts", "batch_key": "batch", "train_options": stop}
+    jobs = {
+        "embed": lambda: tl.embed(cells, "cvae", **common),
+        "correct": lambda: tl.correct(cells, **common),
+        "map_query": lambda: tl.map_query(cells, trained, train_options=stop),
+        "consensus": lambda: tl.consensus(cells, 2, n_components=2, **common),
+    }
+    if job == "map_query":
+        cells.obs["batch"] = "new"
+    with pytest.raises(KeyboardInterrupt, match="interrupted: nothing was written"):
+        jobs[job]()
+    assert keys(cells) == before
+
+
+def test_a_job_whose_time_is_over_writes_what_it_has(cells):
+    options = {"max_time": "00:00:00:01", "max_epochs": 100_000, "progress_bar": False}
+    tl.embed(cells, "vae", layer="counts", train_options=options)
+    assert np.isfinite(cells.obsm["X_vae"]).all()

@@ -1,7 +1,7 @@
 """The way from AnnData to tensors on the device."""
 
 from sccvae.data.blocks import BlockLoader, shuffled_loader
-from sccvae.data.categories import is_label, match
+from sccvae.data.categories import check_once, is_label, match
 from sccvae.data.checks import check_setup
 from sccvae.data.confounding import confounding
 from sccvae.data.fields import Schema, anndata_fields
@@ -25,6 +25,7 @@ __all__ = [
     "Schema",
     "anndata_fields",
     "batch_moments",
+    "check_once",
     "check_setup",
     "check_support",
     "confounding",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 
 def is_label(column: pd.Series, unlabeled_category: Any) -> np.ndarray:
@@ -56,6 +57,29 @@ def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
             at = pd.Series(np.arange(len(numbers)), numbers)[numbers.notna()].reindex(wanted, fill_value=-1)
             codes = np.where(codes < 0, np.where(np.isnan(wanted), -1, at), codes)
     return np.where(column.isna(), -1, codes).astype(np.int64)
+
+
+def check_once(adata: AnnData, key: str) -> None:
+    """Refuse a column of ``obs`` that stands there twice, as after ``pd.concat(axis=1)``.
+
+    Parameters
+    ----------
+    adata
+        The cells.
+    key
+        Name of a column that is there.
+
+    Raises
+    ------
+    ValueError
+        If there are several of that name.
+    """
+    if isinstance(adata.obs[key], pd.DataFrame):
+        msg = (
+            f"adata.obs has {adata.obs[key].shape[1]} columns called {key!r}; keep one: "
+            "`adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]`."
+        )
+        raise ValueError(msg)
 
 
 def check_plain(column: pd.Series) -> None:

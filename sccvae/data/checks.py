@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from sccvae.data.categories import check_plain, is_label
+from sccvae.data.categories import check_once, check_plain, is_label
 from sccvae.data.confounding import confounding
 
 #: Genes for each cell above which networks lose types, and genes that are few enough whatever the cells. Of 1,000
@@ -112,6 +112,7 @@ def check_setup(
         if key not in adata.obs:
             msg = f"There is no adata.obs[{key!r}]; the columns are {list(adata.obs.columns)}."
             raise KeyError(msg)
+        check_once(adata, key)
     both = sorted({*filter(None, categorical)} & {*filter(None, numerical)})
     if both:
         msg = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,9 @@ from scvi import REGISTRY_KEYS
 from scvi.data import fields
 
 from sccvae.data.categories import is_label, match
+
+#: Cells of a category below which scvi-tools warns.
+FEW_CELLS = 3
 
 
 def anndata_fields(
@@ -69,7 +74,8 @@ class ConditionField(fields.CategoricalObsField):
 
     def register_field(self, adata: AnnData) -> dict:
         """Note the categories that cells have, and their codes."""
-        state = super().register_field(adata)
+        with _in_the_words_of_the_user(adata, [self._original_attr_key]):
+            state = super().register_field(adata)
         used, adata.obs[self.attr_key] = np.unique(adata.obs[self.attr_key], return_inverse=True)
         return state | {self.CATEGORICAL_MAPPING_KEY: state[self.CATEGORICAL_MAPPING_KEY][used]}
 
@@ -79,12 +85,35 @@ class ConditionsField(fields.CategoricalJointObsField):
 
     def register_field(self, adata: AnnData) -> dict:
         """Note the categories that cells have, and their codes."""
-        state = super().register_field(adata)
+        with _in_the_words_of_the_user(adata, self.attr_keys):
+            state = super().register_field(adata)
         codes, mappings = adata.obsm[self.attr_key], state[self.MAPPINGS_KEY]
         for key in self.attr_keys:
             used, codes[key] = np.unique(codes[key], return_inverse=True)
             mappings[key] = mappings[key][used]
         return state | {self.N_CATS_PER_KEY: [len(mappings[key]) for key in self.attr_keys]}
+
+
+@contextmanager
+def _in_the_words_of_the_user(adata: AnnData, keys: Sequence[str]) -> Iterator[None]:
+    """Inside, scvi-tools' warning of a small category is given by its column and name, and for all of them."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    small = [warning for warning in said if "fewer than 3 cells" in str(warning.message)]
+    for warning in said:
+        if warning not in small:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    for key in keys if small else ():
+        sizes = adata.obs[key].value_counts()
+        rare = sizes[(sizes > 0) & (sizes < FEW_CELLS)].index.astype(str).tolist()
+        if rare:
+            some = ", ".join(map(repr, rare[:3])) + (", ..." if len(rare) > 3 else "")
+            msg = (
+                f"adata.obs[{key!r}] has {len(rare)} of {(sizes > 0).sum()} categories with fewer than {FEW_CELLS} "
+                f"cells ({some}): a model learns little of them. Unite them with others, or leave these cells out."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=8)
 
 
 class LabelsField(fields.BaseAnnDataField):

@@ -10,6 +10,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
+from sccvae.data.categories import check_once
 from sccvae.data.checks import numeric_column
 from sccvae.data.fields import Schema
 from sccvae.data.matrix import Survey, as_matrix, gene_columns, gene_means, survey, take_columns
@@ -88,6 +89,7 @@ def read_cells(
                 f"The model was set up with obs[{key!r}], which this AnnData lacks; its columns are {list(adata.obs)}."
             )
             raise KeyError(msg)
+        check_once(adata, key)
     if schema.layer is not None and schema.layer not in adata.layers:
         msg = f"The model was set up with layers[{schema.layer!r}], which this AnnData lacks: {sorted(adata.layers)}."
         raise KeyError(msg)

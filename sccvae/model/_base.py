@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -70,9 +70,12 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         Logged name -> data frame with one column, indexed by epoch (scvi-tools' form); None before training.
     reference
         What generation needs to know of the training data: quantiles of the library size, combinations of conditions.
+    was_interrupted
+        Whether Ctrl-C ended the last training (``max_time`` does not count).
     """
 
     _reads_conditions = True
+    was_interrupted = False
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Look at the names of arguments first."""
@@ -80,7 +83,17 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         return super().__new__(cls)
 
     def __init__(self, adata: AnnData | None, registry: dict | None, seed: int, settings: dict[str, Any]) -> None:
-        super().__init__(adata, registry)
+        try:
+            super().__init__(adata, registry)
+        except ValueError as error:
+            if adata is None or "setup_anndata" in str(error):
+                raise
+            name = type(self).__name__
+            msg = (
+                f"This AnnData is not the one that was set up, but a copy, a part of it, or one read from a file: run "
+                f"`{name}.setup_anndata(adata, ...)` on it, then make the model. ({str(error).splitlines()[0]})"
+            )
+            raise ValueError(msg) from error
         self.seed = int(seed)
         sizes = default_sizes(0 if adata is None else adata.n_obs)  # a model that is loaded has its own
         self.settings = settings | {name: size for name, size in sizes.items() if settings[name] is None}
@@ -182,6 +195,9 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         args = setup_method_args["setup_args"]
+        for name in ("categorical_covariate_keys", "continuous_covariate_keys"):
+            if isinstance(args[name], Iterable) and not isinstance(args[name], str):  # an array has no truth
+                args[name] = list(args[name])
         check_setup(adata, **args)
         manager = AnnDataManager(fields=anndata_fields(**args), setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
@@ -209,7 +225,8 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         check_support(cells, self.module.likelihood.support, where)
         if self.schema.size_factor_key is not None:
             # On first sight of the training cells: the unit that makes size factors library sizes in counts.
-            self.reference.setdefault("library_unit", float(cells.survey.totals.sum() / cells.library.sum()))
+            if "library_unit" not in self.reference:
+                self.reference["library_unit"] = float(cells.survey.totals.sum() / cells.library.sum())
             cells.library = (cells.library * self.reference["library_unit"]).astype(np.float32)
         return CellStore(cells)
 

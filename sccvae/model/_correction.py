@@ -299,7 +299,7 @@ class CorrectionMixin(DecodingMixin):
                 f"{DECODES_FROM_CONDITIONS}, with batch_key= in setup_anndata."
             )
             raise ValueError(msg)
-        several = isinstance(transform_batch, (list, tuple, np.ndarray, pd.Index))
+        several = pd.api.types.is_list_like(transform_batch)
         if several and not len(transform_batch):
             msg = "transform_batch is empty; name a batch, several, or None for each cell's own."
             raise ValueError(msg)

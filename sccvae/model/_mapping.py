@@ -245,6 +245,8 @@ class MappingMixin(TransferMixin):
         with self._split(len(store), train_size, validation_size, seed):
             options["early_stopping"] = self._stops_early(options.get("early_stopping"), options.get("patience"))
             rows = self.train_indices
+            if len(rows) == 1:
+                rows = np.repeat(rows, 2)  # the batch norms hold still here: a single cell can be mapped
             if max_epochs is None:
                 # An epoch shows few cells several times: what it costs beside its steps would be most of the time.
                 rows = np.tile(rows, max(1, round(EPOCH_STEPS * batch_size / len(rows))))

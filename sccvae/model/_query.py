@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from sccvae.data import Schema, is_label, match, measured
+from sccvae.data import Schema, check_once, is_label, match, measured
 
 #: Least share of the reference's genes that a query must have.
 LEAST_GENES = 0.5
@@ -23,6 +23,7 @@ def new_categories(adata: AnnData, schema: Schema) -> dict[str, list[Any]]:
                 f"{list(adata.obs.columns)}. For cells of one new category: `adata.obs[{key!r}] = 'query'`."
             )
             raise KeyError(msg)
+        check_once(adata, key)
         column = adata.obs[key]
         missing = int(column.isna().sum())
         if missing:
@@ -42,6 +43,9 @@ def new_categories(adata: AnnData, schema: Schema) -> dict[str, list[Any]]:
 
 def genes_of(adata: AnnData, schema: Schema, maskable: bool) -> np.ndarray:
     """Which of the reference's genes the query has, (G,) bool, if they are enough; all, if none can be masked."""
+    if not adata.n_obs:
+        msg = "The query has no cells; was it filtered by a value that none has?"
+        raise ValueError(msg)
     if not adata.var_names.is_unique:
         msg = "adata.var_names are not unique, so genes cannot be matched: run `adata.var_names_make_unique()`."
         raise ValueError(msg)

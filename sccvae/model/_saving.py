@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sccvae import __version__
 from sccvae._names import checks_names
+from sccvae.data import is_label
 from sccvae.model._card import model_card
 from sccvae.module import adapt
 
@@ -166,6 +167,15 @@ class SavingMixin:
             )
             raise ValueError(msg)
         setup = self.registry_["setup_args"]
+        key = self.schema.labels_key
+        labels = adata.obs.get(key) if key is not None else None
+        if key is not None and (labels is None or not is_label(labels, self.schema.unlabeled_category).any()):
+            msg = (
+                f"adata.obs[{key!r}] holds no label, and this model was set up with labels: load it without adata and "
+                "pass these cells to its methods, as in `model.get_latent_representation(adata)`, or map them with "
+                "`model.load_query(adata)`."
+            )
+            raise ValueError(msg)
         if not self._reads_conditions:
             setup = {k: v for k, v in setup.items() if k not in CONDITIONS}
         with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from lightning import Callback
 from sccvae._names import with_known_names
 from sccvae.data import CellStore, split_indices
 from sccvae.train import TrainingResult, batch_effects, fit
+from sccvae.train.callbacks import out_of_time
 
 
 class TrainingMixin:
@@ -166,6 +167,7 @@ class TrainingMixin:
         if result.trainer is not None:
             self.module.to(result.trainer.strategy.root_device)
         self.trainer = result.trainer
+        self.was_interrupted = result.interrupted and not (result.trainer and out_of_time(result.trainer))
         self.history_ = result.history
         self._summarise()
         self.reference["kept_epoch"] = result.kept

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
@@ -156,8 +155,7 @@ def _batches(model: BaseModel, reference: Any) -> list[Any]:
     known = model._known_categories(key)
     if reference is None:
         return known
-    several = isinstance(reference, list | tuple | np.ndarray | pd.Index)
-    batches = list(reference) if several else [reference]
+    batches = list(reference) if pd.api.types.is_list_like(reference) else [reference]
     names = [str(batch) for batch in known]
     if not batches or any(str(batch) not in names for batch in batches):
         msg = f"reference={reference!r} must be of the batches in obs[{key!r}]: {names}."

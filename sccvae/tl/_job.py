@@ -117,11 +117,25 @@ def trained_model(
         new = kind(light, seed=seed, **settings)
         check(new)
         new.train(**{"seed": seed} | dict(train_options or {}))
+        check_whole(new)
     finally:
         light.X = None
         light.layers.clear()
         light.obs = light.obs[[]]
     return new
+
+
+def check_whole(model: BaseModel) -> None:
+    """End the job where Ctrl-C ended the training, before anything is written.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If it did.
+    """
+    if model.was_interrupted:
+        msg = "The training was interrupted: nothing was written. With a checkpoint_dir in train_options it can go on."
+        raise KeyboardInterrupt(msg)
 
 
 def check_columns(model: BaseModel, columns: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from sccvae.model import BaseModel, load
 
-from ._job import MODELS, check_columns, plain, record, target
+from ._job import MODELS, check_columns, check_whole, plain, record, target
 
 
 def map_query(
@@ -89,6 +89,7 @@ def map_query(
         reference.unknown_score(unknown_threshold)  # refused before anything is trained
     query = reference.load_query(to, freeze=freeze)
     query.train(**{"seed": seed} | dict(train_options or {}))
+    check_whole(query)
     z = query.get_latent_representation()
     if has_labels:
         table = query.transfer_labels(unknown_threshold=unknown_threshold)
