@@ -219,8 +219,11 @@ def test_checkpoint_resumes_a_model(tmp_path):
 
 def test_scvi_tools_registry_works(capsys):
     model = make(CVAE, toy_counts(), setup={"batch_key": "batch", "labels_key": "donor"}, train=False)
-    model.view_anndata_setup()
-    assert "batch" in capsys.readouterr().out
+    for show in (model.view_anndata_setup, model.view_registry):
+        show()
+        assert "batch" in capsys.readouterr().out
+    with pytest.raises(NotImplementedError, match=r"keeps the set-up it was made with: run `CVAE\.setup_anndata"):
+        model.update_setup_method_args({"batch_key": "donor"})
     assert model.summary_stats["n_batch"] == 2
     assert model.adata_manager.get_state_registry("labels")["categorical_mapping"].tolist() == ["d1", "d2", "d3"]
 

@@ -55,6 +55,34 @@ class RegistryMixin:
             return
         _Unregistered(self.registry_).view_registry(hide_state_registries=hide_state_registries)
 
+    def view_registry(self, hide_state_registries: bool = False) -> None:
+        """Print the set-up of the model: :meth:`view_anndata_setup` under scvi-tools' other name.
+
+        Parameters
+        ----------
+        hide_state_registries
+            Leave out the categories of each field.
+        """
+        self.view_anndata_setup(hide_state_registries=hide_state_registries)
+
+    def update_setup_method_args(self, setup_method_args: dict[str, Any]) -> None:
+        """Not here: what a model was set up with stays what it was trained with.
+
+        Parameters
+        ----------
+        setup_method_args
+            Not used.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+        """
+        del setup_method_args
+        name = type(self).__name__
+        msg = f"A model keeps the set-up it was made with: run `{name}.setup_anndata(adata, ...)` and make another."
+        raise NotImplementedError(msg)
+
     def deregister_manager(self, adata: AnnData | None = None) -> None:
         """Forget the set-up of ``adata``, or of all but the model's own.
 
