@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from scipy import sparse, stats
 from sklearn.datasets import load_iris
 from sklearn.model_selection import LeaveOneOut, cross_val_score
@@ -214,6 +215,15 @@ def test_expression_errors(rng):
         metrics.gene_correlation(x, np.full((5, 3), np.inf))
     with pytest.raises(ValueError, match="x must be a finite matrix"):
         metrics.gene_correlation(x[0], x)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_scores_refuse_an_anndata_at_once(rng, place):
+    given = [rng.normal(size=(5, 3)) for _ in range(3)]
+    given[place] = AnnData(given[place])
+    name = ("predicted", "real", "control")[place]
+    with pytest.raises(TypeError, match=rf"{name} is an AnnData.*: give adata\.X or a layer"):
+        metrics.perturbation_scores(*given, n=2)
 
 
 def test_top_de_genes_by_ranks():

@@ -35,8 +35,8 @@ def history(model: Any, *, terms: str | Sequence[str] | None = None) -> np.ndarr
         names such as ``"elbo_train"``, ``"kl_z_validation"``. Values are in nats per sample, lower is better. A record
         that ``sccvae.tl`` left in ``uns``, such as ``adata.uns["X_cvae"]``, is drawn by the history in it.
     terms
-        A name without the ending, or several in the order to draw, such as ``("loss", "kl_z")``. ``None`` draws ``"elbo"``,
-        ``"reconstruction"`` and every ``"kl_*"`` that was recorded.
+        A name without the ending, or several in the order to draw, such as ``("loss", "kl_z")``. ``None`` draws
+        ``"elbo"``, ``"reconstruction"`` and every ``"kl_*"`` that was recorded.
 
     Returns
     -------
