@@ -68,8 +68,8 @@ def counterfactual(
     None, or with ``copy=True`` the copy. It holds
 
     - ``layers[key_added]``: expression under the condition, (n_cells, n_genes) float32, dense
-    - ``uns[key_added]``: what :func:`embed` records, and ``condition``, ``library_size`` (only for counts) and
-      ``embedding`` (key of ``obsm``)
+    - ``uns[key_added]``: what :func:`embed` records, and ``condition`` (a ``/`` in the name of a column is a ``|``
+      there), ``library_size`` (only for counts) and ``embedding`` (key of ``obsm``)
     - ``obsm["X_cvae"]`` and ``uns["X_cvae"]``: as from :func:`embed`
 
     Raises
