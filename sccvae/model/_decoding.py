@@ -200,9 +200,7 @@ class DecodingMixin:
             If it is empty, names something that the decoder does not know, or a continuous value is no finite number.
         """
         schema = self.schema
-        if not isinstance(condition, Mapping):
-            msg = f"condition={condition!r} must be a dictionary of obs columns and values, as {{'treatment': 'stim'}}."
-            raise TypeError(msg)
+        check_condition(condition)
         if not self._decoder_sees_conditions:
             msg = (
                 f"condition={dict(condition)!r}: this {type(self).__name__} does not decode from conditions "
@@ -231,6 +229,13 @@ class DecodingMixin:
     @property
     def _decoder_sees_conditions(self) -> bool:
         return any("c" in f.parents for f in self.module.factors.generative if f.variable == "x")
+
+
+def check_condition(condition: Any) -> None:
+    """Refuse what is no mapping."""
+    if not isinstance(condition, Mapping):
+        msg = f"condition={condition!r} must be a dictionary of obs columns and values, as {{'treatment': 'stim'}}."
+        raise TypeError(msg)
 
 
 def check_library_size(size: Any) -> None:

@@ -22,8 +22,10 @@ SETTINGS = ("n_latent", "likelihood", "n_components")
 def requested(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`trained_model` needs of the arguments of a job, its ``locals()``."""
     settings = {name: arguments[name] for name in SETTINGS if name in arguments}
+    setup = {name: arguments[name] for name in SETUP if name in arguments}
     return {
-        "setup": {name: arguments[name] for name in SETUP if name in arguments},
+        # several columns may come as an array, which is neither true nor false
+        "setup": {k: v.tolist() if isinstance(v, np.ndarray | pd.Index) else v for k, v in setup.items()},
         "settings": settings | dict(arguments["model_options"] or {}),
         "seed": arguments["seed"],
         "train_options": arguments["train_options"],
