@@ -125,6 +125,12 @@ class DecodingMixin:
         if apart and out is not None:
             msg = "return_mean=False gives (n_samples, cells, genes), which out= does not take: leave one of them out."
             raise ValueError(msg)
+        if out is not None and not (hasattr(out, "shape") and hasattr(out, "dtype")):
+            msg = (
+                f"out must be an array to write into, with a shape and a dtype, as those of numpy, zarr and h5py; not "
+                f"{type(out).__name__}. `correct(out=...)` takes the path of a file."
+            )
+            raise TypeError(msg)
         if out is not None and (tuple(out.shape) != shape or not np.issubdtype(out.dtype, np.floating)):
             msg = f"out is {tuple(out.shape)} of {out.dtype}; it must be {shape} of float32 (or float64)."
             raise ValueError(msg)
