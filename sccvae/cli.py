@@ -241,6 +241,12 @@ def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def _check_places(source: Path, folder: Path) -> None:
     """There must be an input, and a folder for the output: both are found out before any work."""
+    if source.is_dir():
+        msg = f"{source} is a folder, but the input must be a .h5ad file."
+        if source.suffix == ".zarr":
+            new = f"{source.stem}.h5ad"
+            msg += f" Convert it in Python first: `anndata.read_zarr({str(source)!r}).write_h5ad({new!r})`."
+        raise IsADirectoryError(msg)
     if not source.is_file():
         msg = f"there is no file {source}."
         raise FileNotFoundError(msg)

@@ -295,6 +295,7 @@ def test_wrong_usage_is_2(folder, capsys, arguments, message):
     ("arguments", "message"),
     [
         (["embed", "none.h5ad", "o.h5ad"], "there is no file none.h5ad."),
+        (["embed", ".", "o.h5ad"], ". is a folder, but the input must be a .h5ad file."),
         (["embed", "cells.h5ad", "none/o.h5ad"], "there is no folder none; make it first."),
         (["embed", "cells.h5ad", "cells.h5ad", "--force"], "is the input, which is never overwritten"),
         (["embed", "text.h5ad", "o.h5ad"], "text.h5ad cannot be read as .h5ad: "),
@@ -322,6 +323,16 @@ def test_an_error_is_1_and_one_line(folder, capsys, arguments, message):
     assert said.err.count("\n") == 1
     assert names(folder) == {"cells.h5ad", "text.h5ad"}
     assert Path("text.h5ad").read_text() == "not HDF5"
+
+
+@pytest.mark.parametrize("arguments", [["embed", "c.zarr", "o.h5ad"], ["train", "c.zarr", "--out", "m"]])
+def test_a_zarr_folder_is_to_be_converted(folder, capsys, arguments):
+    Path("c.zarr").mkdir()
+    assert main([*arguments, *COUNTS]) == 1
+    message = "c.zarr is a folder, but the input must be a .h5ad file. Convert it in Python first: `"
+    cure = "anndata.read_zarr('c.zarr').write_h5ad('c.h5ad')"
+    assert capsys.readouterr().err == f"sccvae: error: {message}{cure}`.\n"
+    assert names(folder) == {"cells.h5ad", "c.zarr"}
 
 
 def test_unexpected_errors_name_their_kind_and_debug_shows_where(folder, capsys, monkeypatch):

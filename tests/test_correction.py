@@ -74,6 +74,9 @@ def test_an_array_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"out is \(.*\) of float32; it must be \(.*\) of float32"):
         model.get_normalized_expression(out=out)
     assert (out == -1).all()
+    for no_array, name in (([1], "list"), ("out.zarr", "str"), (pd.DataFrame(out), "DataFrame")):
+        with pytest.raises(TypeError, match=rf"out must be an array .* numpy, zarr and h5py; not {name}\. `correct"):
+            model.get_normalized_expression(out=no_array)
     with pytest.raises(ValueError, match="of int64; it must be"):
         model.get_normalized_expression(out=np.empty(wanted, dtype=np.int64))
 

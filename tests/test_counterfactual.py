@@ -380,8 +380,23 @@ def test_tool():
     done = tl.counterfactual(adata, {"donor": "d1", "dose": 2}, model, key_added="what_if", library_size=1, copy=True)
     wanted = model.predict_counterfactual(condition={"donor": "d1", "dose": 2}, return_numpy=True)
     np.testing.assert_allclose(done.layers["what_if"], wanted, rtol=1e-6)
+    with pytest.raises(TypeError, match="condition='stim' must be a dictionary of obs columns and values"):
+        tl.counterfactual(adata, "stim", **options)
     with pytest.raises(ValueError, match=r"it knows \['0', '1'\]"):
         tl.counterfactual(adata, {"treated": 5}, **options)
     with pytest.raises(ValueError, match="model='vae' cannot be asked what if"):
         tl.counterfactual(adata, {"treated": 1}, "vae")
     assert not adata.layers
+
+
+@pytest.mark.parametrize("kind", [np.array, pd.Index])
+def test_tool_takes_the_names_of_covariates_from_an_array(kind):
+    adata = toy_counts()
+    train = {"max_epochs": 1, "batch_size": 16, "accelerator": "cpu", "progress_bar": False}
+    keys = {"categorical_covariate_keys": kind(["donor"]), "continuous_covariate_keys": kind(["dose"])}
+    condition = {"treated": 1, "donor": "d1"}
+    tl.counterfactual(adata, condition, n_latent=2, model_options={"n_hidden": 8}, train_options=train, **keys)
+    setup = adata.uns["counterfactual"]["params"]["setup"]
+    assert setup["batch_key"] == "treated"
+    assert setup["categorical_covariate_keys"] == ["donor"]
+    assert setup["continuous_covariate_keys"] == ["dose"]

@@ -109,6 +109,8 @@ def test_bad_input_is_named():
     before, after, batch, labels = cells()
     with pytest.raises(ValueError, match="z has 199 cells, unintegrated 200"):
         metrics.integration({"z": after[1:]}, batch, labels, unintegrated=before)
+    with pytest.raises(TypeError, match=r"dictionary of names and arrays, as \{'X_cvae': z\}, not ndarray"):
+        metrics.integration(after, batch, labels, unintegrated=before)
     with pytest.raises(ValueError, match="no embedding to judge"):
         metrics.integration({}, batch, labels, unintegrated=before)
     with pytest.raises(ValueError, match="All cells have the same batch, a"):
@@ -160,6 +162,20 @@ def test_report_copies_and_names_what_is_missing(adata):
     with pytest.raises(KeyError, match=r"Run `scanpy.pp.pca"):
         tl.integration_report(adata, "X_z", **KEYS)
     assert not adata.uns
+
+
+def test_report_names_the_embedding_that_has_holes(adata):
+    adata.obsm["X_y"] = adata.obsm["X_y"].copy()
+    adata.obsm["X_y"][[3, 8]] = np.nan  # as a model of a part of the cells leaves them
+    with pytest.raises(ValueError, match=r"obsm\['X_y'\] of the .* finite, but 2 of its 200 rows hold NaN"):
+        tl.integration_report(adata, ["X_z", "X_y"], **KEYS)
+    with pytest.raises(ValueError, match=r"obsm\['X_y'\] of the .* finite, but 2 of its 200 rows hold NaN"):
+        tl.integration_report(adata, "X_z", unintegrated="X_y", **KEYS)
+    with pytest.raises(ValueError, match=r"use_rep=\[\] names no embedding to judge: give keys of adata.obsm"):
+        tl.integration_report(adata, [], **KEYS)
+    assert not adata.uns
+    adata.obs.loc[["c3", "c8"], "type"] = np.nan
+    tl.integration_report(adata, ["X_z", "X_y"], **KEYS)
 
 
 def test_report_refuses_cells_without_a_batch(adata, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from scipy import sparse, stats
 from sklearn.datasets import load_iris
 from sklearn.model_selection import LeaveOneOut, cross_val_score
@@ -77,7 +78,7 @@ def test_knn_accuracy_errors(iris):
         metrics.knn_accuracy(z, labels, n_neighbors=150)
     with pytest.raises(ValueError, match="n_neighbors=0"):
         metrics.knn_accuracy(z, labels, n_neighbors=0)
-    with pytest.raises(ValueError, match=r"z must be a finite array.*\(150, 4\)"):
+    with pytest.raises(ValueError, match=r"z must be finite, but 12 of its 150 rows hold NaN"):
         metrics.knn_accuracy(np.where(z > 7, np.nan, z), labels)
     with pytest.raises(ValueError, match="z must be"):
         metrics.knn_accuracy(z[:, 0], labels)
@@ -214,6 +215,15 @@ def test_expression_errors(rng):
         metrics.gene_correlation(x, np.full((5, 3), np.inf))
     with pytest.raises(ValueError, match="x must be a finite matrix"):
         metrics.gene_correlation(x[0], x)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_scores_refuse_an_anndata_at_once(rng, place):
+    given = [rng.normal(size=(5, 3)) for _ in range(3)]
+    given[place] = AnnData(given[place])
+    name = ("predicted", "real", "control")[place]
+    with pytest.raises(TypeError, match=rf"{name} is an AnnData.*: give adata\.X or a layer"):
+        metrics.perturbation_scores(*given, n=2)
 
 
 def test_top_de_genes_by_ranks():

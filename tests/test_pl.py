@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgba
 from scipy.sparse import csr_matrix
@@ -110,6 +110,16 @@ def test_history_draws_one_panel_per_term_with_both_sides():
     assert [len(ax.collections) for ax in axes] == [0, 0, 1]  # the weight is shaded behind KL terms, while it changes
     given["kl_weight"][:] = 1.0
     assert [len(ax.collections) for ax in pl.history(given)] == [0, 0, 0]
+
+
+def test_history_of_a_record_and_of_one_term(tmp_path):
+    record = {"model": "CVAE", "epochs": 30, "history": {k: frame[k].to_numpy() for k, frame in curves().items()}}
+    AnnData(np.zeros((2, 1)), uns={"X_cvae": record}).write_h5ad(tmp_path / "x.h5ad")
+    for given in (record, read_h5ad(tmp_path / "x.h5ad").uns["X_cvae"]):
+        assert len(pl.history(given)) == 3
+    assert [ax.get_title() for ax in pl.history(record, terms="kl_z")] == ["KL of $z$"]
+    with pytest.raises(ValueError, match=r"no curve named \['kl_q'\]"):
+        pl.history(record, terms="kl_q")
 
 
 def test_history_keeps_a_huge_start_from_flattening_the_rest():

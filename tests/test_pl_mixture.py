@@ -170,7 +170,7 @@ def test_occupancy_keeps_names_level_where_they_fit():
 
 
 def test_occupancy_of_a_trained_model_and_of_its_history(gmvae):
-    for given in (gmvae, gmvae.history):
+    for given in (gmvae, gmvae.history, {"model": "GMVAE", "epochs": 9, "history": gmvae.history}):
         ax = pl.occupancy(given)
         assert len(ax.collections) == 3
         assert ax.get_xlim()[1] == len(gmvae.history["phase"]) - 0.5

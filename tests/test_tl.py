@@ -118,6 +118,23 @@ def test_plain_values():
     assert found == {"b": [1, 0.5], "c": {"d": ["x"]}, "1": str(object)}
 
 
+def test_names_of_columns_with_a_slash_are_recorded_flat(cells, tmp_path):
+    cells.obs["state/day"] = cells.obs["batch"].to_numpy()
+    tl.counterfactual(cells, {"state/day": "a"}, layer="counts", train_options=FAST | {"max_epochs": 1})
+    ad.AnnData(uns=cells.uns).write_h5ad(tmp_path / "x.h5ad")
+    back = ad.read_h5ad(tmp_path / "x.h5ad").uns["counterfactual"]
+    assert back["condition"] == cells.uns["counterfactual"]["condition"] == {"state|day": "a"}
+    assert back["params"]["setup"]["batch_key"] == "state/day"
+
+
+@pytest.mark.parametrize("key", [3, "", ("a",)])
+def test_a_key_is_a_text(cells, key):
+    before = keys(cells)
+    with pytest.raises(TypeError, match=r"key_added=.* must be a text, the key of the results"):
+        tl.embed(cells, "vae", layer="counts", key_added=key)
+    assert keys(cells) == before
+
+
 def test_copy_leaves_the_original(cells):
     before = keys(cells)
     new = tl.embed(cells, "vae", layer="counts", copy=True, key_added="z", n_latent=3, train_options=FAST)

@@ -137,8 +137,15 @@ def label_silhouette(z: ArrayLike, labels: ArrayLike) -> float:
 
 def _embedding(z: ArrayLike, name: str) -> np.ndarray:
     z = np.asarray(z)
-    if z.ndim != 2 or z.size == 0 or not np.isfinite(z).all():
+    if z.ndim != 2 or z.size == 0:
         msg = f"{name} must be a finite array of shape (n, d); its shape is {z.shape}."
+        raise ValueError(msg)
+    bad = int((~np.isfinite(z)).any(axis=1).sum())
+    if bad:
+        msg = (
+            f"{name} must be finite, but {bad} of its {len(z)} rows hold NaN or infinite values: take the others, "
+            "`np.isfinite(...).all(axis=1)`, here and in all that goes with them."
+        )
         raise ValueError(msg)
     return z
 

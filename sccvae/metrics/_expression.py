@@ -25,6 +25,8 @@ def gene_correlation(x: ArrayLike, y: ArrayLike) -> np.ndarray:
 
     Raises
     ------
+    TypeError
+        If an AnnData is given in place of a matrix.
     ValueError
         If the shapes differ or values are not finite.
     """
@@ -57,6 +59,8 @@ def r_squared_of_means(x: ArrayLike, y: ArrayLike) -> float:
 
     Raises
     ------
+    TypeError
+        If an AnnData is given in place of a matrix.
     ValueError
         If the numbers of genes differ, there are fewer than two, or values are not finite.
 
@@ -89,6 +93,8 @@ def top_de_genes(x: ArrayLike, control: ArrayLike, n: int = 100) -> np.ndarray:
 
     Raises
     ------
+    TypeError
+        If an AnnData is given in place of a matrix.
     ValueError
         If the numbers of genes differ, there are fewer than ``n``, or values are not finite.
     """
@@ -122,7 +128,7 @@ def de_overlap(predicted: ArrayLike, real: ArrayLike, control: ArrayLike, n: int
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         As :func:`top_de_genes`.
     """
     return len(np.intersect1d(top_de_genes(predicted, control, n), top_de_genes(real, control, n))) / n
@@ -134,7 +140,8 @@ def perturbation_scores(predicted: ArrayLike, real: ArrayLike, control: ArrayLik
     Parameters
     ----------
     predicted, real, control
-        Log-normalised expression, cells x genes, of predicted, perturbed and control cells with the same genes.
+        Log-normalised expression, cells x genes, of predicted, perturbed and control cells with the same genes: arrays
+        or scipy sparse matrices, such as ``adata.X`` or a layer.
     n
         Number of differential genes, found between ``real`` and ``control``.
 
@@ -145,7 +152,7 @@ def perturbation_scores(predicted: ArrayLike, real: ArrayLike, control: ArrayLik
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         As :func:`top_de_genes` and :func:`r_squared_of_means`.
     """
     predicted, real = _matrix(predicted, "predicted"), _matrix(real, "real")
@@ -172,6 +179,8 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
     Raises
     ------
+    TypeError
+        If an AnnData is given in place of a matrix.
     ValueError
         If the numbers of features differ or values are not finite.
 
@@ -189,6 +198,9 @@ def principal_angles(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
 
 def _matrix(x: ArrayLike, name: str) -> np.ndarray:
+    if hasattr(x, "obs_names") and hasattr(x, "X"):  # numpy would take it apart cell by cell
+        msg = f"{name} is an AnnData, which may hold several matrices: give adata.X or a layer, adata.layers[...]."
+        raise TypeError(msg)
     x = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64)
     if x.ndim != 2 or x.size == 0 or not np.isfinite(x).all():
         msg = f"{name} must be a finite matrix with rows and columns; its shape is {x.shape}."

@@ -48,6 +48,8 @@ def integration(
     ------
     ImportError
         If scib-metrics is not installed.
+    TypeError
+        If ``embeddings`` is no mapping.
     ValueError
         If there is no embedding, lengths do not match, values are not finite, batches or labels are missing, there
         are fewer than two of either, or no label has cells in two batches.
@@ -176,6 +178,11 @@ def _checked(
     embeddings: Mapping[str, ArrayLike], batch: ArrayLike, labels: ArrayLike, unintegrated: ArrayLike
 ) -> tuple[tuple[dict[str, np.ndarray], np.ndarray], np.ndarray, np.ndarray]:
     """Arrays: the embeddings and that before integration, batches and labels."""
+    if not isinstance(embeddings, Mapping):
+        msg = (
+            f"embeddings must be a dictionary of names and arrays, as {{'X_cvae': z}}, not {type(embeddings).__name__}."
+        )
+        raise TypeError(msg)
     if not embeddings:
         msg = "There is no embedding to judge."
         raise ValueError(msg)

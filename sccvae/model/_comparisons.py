@@ -43,6 +43,13 @@ def comparisons(
             "the first group, with idx2=."
         )
         raise ValueError(msg)
+    for name, value, cure in (
+        ("groupby", groupby, "it is one column of adata.obs"),
+        ("group2", group2, "it is one group; to compare with several taken together, give their cells as idx2="),
+    ):
+        if pd.api.types.is_list_like(value):
+            msg = f"{name}={value!r} names several: {cure}."
+            raise TypeError(msg)
     if groupby is None:
         found = [Comparison("one", "Rest" if idx2 is None else "two", *_rows(adata, idx1, idx2))]
     else:
@@ -114,7 +121,15 @@ def _rows(adata: AnnData, idx1: Any, idx2: Any) -> Iterator[np.ndarray]:
     one = None
     for name, idx in (("idx1", idx1), ("idx2", idx2)):
         if isinstance(idx, str):  # by number: names of cells may be there twice
-            idx = adata.obs.assign(**{ROW: np.arange(adata.n_obs)}).query(idx)[ROW].to_numpy()
+            table = adata.obs.assign(**{ROW: np.arange(adata.n_obs)})
+            try:
+                idx = table.query(idx)[ROW].to_numpy()
+            except Exception as error:  # of pandas, of Python's parser, or of what the query calls
+                msg = (
+                    f"{name}={idx!r} is no query of adata.obs: {error}. Its columns are {list(adata.obs.columns)}; "
+                    "write the value itself in place of a variable (@x)."
+                )
+                raise ValueError(msg) from error
         elif idx is None:
             idx = np.setdiff1d(np.arange(adata.n_obs), one)
         one = row_numbers(idx, adata.n_obs, name)

@@ -61,7 +61,7 @@ class PerturbationMixin(DecodingMixin):
 
         Raises
         ------
-        KeyError, ValueError
+        KeyError, TypeError, ValueError
             As :meth:`latent_delta` and ``get_normalized_expression``; nothing is written then.
 
         References
@@ -215,7 +215,7 @@ class CounterfactualMixin(DecodingMixin):
         Raises
         ------
         TypeError
-            If ``condition`` is no dictionary.
+            If ``condition`` is no dictionary, and as for ``get_normalized_expression``.
         ValueError
             If a condition or category is not known, the model does not decode from its conditions, a value is no
             finite number, and as for ``get_normalized_expression``. Nothing is written then.

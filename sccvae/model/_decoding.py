@@ -125,6 +125,12 @@ class DecodingMixin:
         if apart and out is not None:
             msg = "return_mean=False gives (n_samples, cells, genes), which out= does not take: leave one of them out."
             raise ValueError(msg)
+        if out is not None and not (hasattr(out, "shape") and hasattr(out, "dtype")):
+            msg = (
+                f"out must be an array to write into, with a shape and a dtype, as those of numpy, zarr and h5py; not "
+                f"{type(out).__name__}. `correct(out=...)` takes the path of a file."
+            )
+            raise TypeError(msg)
         if out is not None and (tuple(out.shape) != shape or not np.issubdtype(out.dtype, np.floating)):
             msg = f"out is {tuple(out.shape)} of {out.dtype}; it must be {shape} of float32 (or float64)."
             raise ValueError(msg)
@@ -200,9 +206,7 @@ class DecodingMixin:
             If it is empty, names something that the decoder does not know, or a continuous value is no finite number.
         """
         schema = self.schema
-        if not isinstance(condition, Mapping):
-            msg = f"condition={condition!r} must be a dictionary of obs columns and values, as {{'treatment': 'stim'}}."
-            raise TypeError(msg)
+        check_condition(condition)
         if not self._decoder_sees_conditions:
             msg = (
                 f"condition={dict(condition)!r}: this {type(self).__name__} does not decode from conditions "
@@ -231,6 +235,13 @@ class DecodingMixin:
     @property
     def _decoder_sees_conditions(self) -> bool:
         return any("c" in f.parents for f in self.module.factors.generative if f.variable == "x")
+
+
+def check_condition(condition: Any) -> None:
+    """Refuse what is no mapping."""
+    if not isinstance(condition, Mapping):
+        msg = f"condition={condition!r} must be a dictionary of obs columns and values, as {{'treatment': 'stim'}}."
+        raise TypeError(msg)
 
 
 def check_library_size(size: Any) -> None:

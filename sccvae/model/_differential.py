@@ -162,10 +162,10 @@ class DifferentialMixin:
             If ``groupby`` is no column of ``obs``.
         ValueError
             If a group is not known or has no cells, neither or both of ``groupby`` and ``idx1`` are given or parts of
-            both, a number is out of range, or the model has no batch to correct for.
+            both, a query of ``obs`` fails, a number is out of range, or the model has no batch to correct for.
         TypeError, IndexError
-            If ``idx1`` or ``idx2`` are no rows, or there are none such; ``n_samples_overall`` is no whole number; or
-            ``delta``, ``fdr_target`` or ``pseudocounts`` is no number.
+            If ``groupby`` or ``group2`` is a list; ``idx1`` or ``idx2`` are no rows, or there are none such;
+            ``n_samples_overall`` is no whole number; or ``delta``, ``fdr_target`` or ``pseudocounts`` is no number.
 
         Warns
         -----

@@ -19,7 +19,7 @@ _SIDES = {"train": TRAIN, "validation": VALIDATION}
 _MAX_COLUMNS = 4
 
 
-def history(model: Any, *, terms: Sequence[str] | None = None) -> np.ndarray:
+def history(model: Any, *, terms: str | Sequence[str] | None = None) -> np.ndarray:
     """Draw the training curves: one panel for the ELBO and one for each of its terms.
 
     Train and validation share a panel. Where the KL weight changes during training, it is shaded behind the KL
@@ -32,10 +32,11 @@ def history(model: Any, *, terms: Sequence[str] | None = None) -> np.ndarray:
     ----------
     model
         A trained model, or its ``history`` alone: name to a one-column DataFrame (or Series) indexed by epoch, with
-        names such as ``"elbo_train"``, ``"kl_z_validation"``. Values are in nats per sample, lower is better.
+        names such as ``"elbo_train"``, ``"kl_z_validation"``. Values are in nats per sample, lower is better. A record
+        that ``sccvae.tl`` left in ``uns``, such as ``adata.uns["X_cvae"]``, is drawn by the history in it.
     terms
-        Names without the ending, in the order to draw, for example ``("loss", "kl_z")``. ``None`` draws ``"elbo"``,
-        ``"reconstruction"`` and every ``"kl_*"`` that was recorded.
+        A name without the ending, or several in the order to draw, such as ``("loss", "kl_z")``. ``None`` draws
+        ``"elbo"``, ``"reconstruction"`` and every ``"kl_*"`` that was recorded.
 
     Returns
     -------
@@ -51,6 +52,7 @@ def history(model: Any, *, terms: Sequence[str] | None = None) -> np.ndarray:
     if terms is None:
         terms = [t for t in ("elbo", "reconstruction") if t in recorded]
         terms += [t for t in recorded if t.startswith("kl_")]
+    terms = [terms] if isinstance(terms, str) else list(terms)
     unknown = [t for t in terms if t not in recorded]
     if unknown or not terms:
         msg = f"The history holds no curve named {unknown or 'elbo'}; it holds {recorded or list(curves)}."
@@ -75,6 +77,8 @@ def history(model: Any, *, terms: Sequence[str] | None = None) -> np.ndarray:
 def _read(model: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bring every curve to (epochs, values), each of shape (number of recorded epochs,)."""
     found = model if isinstance(model, Mapping) else getattr(model, "history", None)
+    if isinstance(found, Mapping) and isinstance(found.get("history"), Mapping):  # what `sccvae.tl` notes in `uns`
+        found = found["history"]
     if not found:
         done = getattr(model, "is_trained", False)
         why = "this query had no new categories, so nothing was trained" if done else "train first, with model.train()"

@@ -124,7 +124,7 @@ def occupancy(model_or_history: Any, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     model_or_history
-        A trained GMVAE, its ``history``, or the history in the record of ``sccvae.tl.cluster``.
+        A trained GMVAE, its ``history``, or the record of ``sccvae.tl.cluster``, ``adata.uns["gmvae"]``.
     ax
         Where to draw. ``None`` makes a figure with room for the legend; your own needs ``layout="constrained"``.
 

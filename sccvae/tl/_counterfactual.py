@@ -9,6 +9,7 @@ from anndata import AnnData
 
 from sccvae.model import BaseModel
 from sccvae.model._correction import check_layer, layer_library_size
+from sccvae.model._decoding import check_condition
 
 from ._embed import write_embedding
 from ._job import plain, requested, target, trained_model
@@ -68,8 +69,8 @@ def counterfactual(
     None, or with ``copy=True`` the copy. It holds
 
     - ``layers[key_added]``: expression under the condition, (n_cells, n_genes) float32, dense
-    - ``uns[key_added]``: what :func:`embed` records, and ``condition``, ``library_size`` (only for counts) and
-      ``embedding`` (key of ``obsm``)
+    - ``uns[key_added]``: what :func:`embed` records, and ``condition`` (a ``/`` in the name of a column is a ``|``
+      there), ``library_size`` (only for counts) and ``embedding`` (key of ``obsm``)
     - ``obsm["X_cvae"]`` and ``uns["X_cvae"]``: as from :func:`embed`
 
     Raises
@@ -83,8 +84,10 @@ def counterfactual(
     >>> sccvae.tl.counterfactual(adata, {"treatment": "stim"}, layer="counts")  # doctest: +SKIP
     >>> sc.pl.violin(adata, "ISG15", groupby="cell_type", layer="counterfactual", log=True)  # doctest: +SKIP
     """
-    covariates = [*(categorical_covariate_keys or ()), *(continuous_covariate_keys or ())]
-    if isinstance(model, str) and batch_key is None and isinstance(condition, Mapping):
+    check_condition(condition)
+    given = (categorical_covariate_keys, continuous_covariate_keys)
+    covariates = [key for keys in given if keys is not None for key in keys]
+    if isinstance(model, str) and batch_key is None:
         batch_key = next((key for key in condition if key not in covariates), None)
     options = requested(locals())
     to = target(adata, key_added, copy=copy)

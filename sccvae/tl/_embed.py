@@ -84,7 +84,7 @@ def embed(
     Raises
     ------
     TypeError
-        If ``adata`` or ``model`` is something else.
+        If ``adata``, ``model`` or ``key_added`` is something else.
     KeyError
         If the layer or a column does not exist.
     ValueError

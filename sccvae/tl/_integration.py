@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from sccvae import metrics
+from sccvae.metrics._embedding import _embedding
 
 from ._job import target
 
@@ -66,7 +67,8 @@ def integration_report(
     KeyError
         If a column or an embedding is missing.
     ValueError
-        If cells with a type have no batch, or something cannot be scored; see the two functions.
+        If ``use_rep`` is empty, cells with a type have no batch or no finite embedding, or something cannot be scored;
+        see the two functions.
     ImportError
         If ``scores`` is true and scib-metrics is not installed.
 
@@ -77,6 +79,9 @@ def integration_report(
     """
     to = target(adata, key_added, copy=copy)
     keys = [use_rep] if isinstance(use_rep, str) else list(use_rep)
+    if not keys:
+        msg = f"use_rep={use_rep!r} names no embedding to judge: give keys of adata.obsm; it has {sorted(to.obsm)}."
+        raise ValueError(msg)
     for key in (batch_key, label_key):
         if key not in to.obs:
             msg = f"There is no adata.obs[{key!r}]; the columns are {list(to.obs.columns)}."
@@ -96,6 +101,8 @@ def integration_report(
         )
         raise ValueError(msg)
     batch, labels = (to.obs.loc[known, key].astype(str).to_numpy() for key in (batch_key, label_key))
+    for key in (*keys, unintegrated):  # here, where the key is known
+        _embedding(to.obsm[key][known], f"adata.obsm[{key!r}] of the cells with a type")
     before = to.obsm[unintegrated][known]
     options = {"unintegrated": before, "n_neighbors": n_neighbors, "max_drop": max_drop}
     tables = {key: metrics.overcorrection(to.obsm[key][known], batch, labels, **options) for key in keys}

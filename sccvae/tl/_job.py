@@ -22,8 +22,10 @@ SETTINGS = ("n_latent", "likelihood", "n_components")
 def requested(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`trained_model` needs of the arguments of a job, its ``locals()``."""
     settings = {name: arguments[name] for name in SETTINGS if name in arguments}
+    setup = {name: arguments[name] for name in SETUP if name in arguments}
     return {
-        "setup": {name: arguments[name] for name in SETUP if name in arguments},
+        # several columns may come as an array, which is neither true nor false
+        "setup": {k: v.tolist() if isinstance(v, np.ndarray | pd.Index) else v for k, v in setup.items()},
         "settings": settings | dict(arguments["model_options"] or {}),
         "seed": arguments["seed"],
         "train_options": arguments["train_options"],
@@ -36,14 +38,17 @@ def target(adata: AnnData, key: str | None, *, copy: bool) -> AnnData:
     Raises
     ------
     TypeError
-        If ``adata`` is no AnnData.
+        If ``adata`` is no AnnData, or the key is neither a text nor None.
     ValueError
         If ``adata`` is a view and is to be written to, or a file could not hold the key.
     """
     if not isinstance(adata, AnnData):
         msg = f"adata must be an AnnData object, not {type(adata).__name__}."
         raise TypeError(msg)
-    if "/" in str(key):
+    if key is not None and not (isinstance(key, str) and key):  # anndata would take any, and fail later
+        msg = f"key_added={key!r} must be a text, the key of the results, and not empty."
+        raise TypeError(msg)
+    if "/" in (key or ""):
         msg = (
             f"{key!r} cannot be the key of the results: in a file '/' makes groups within groups, which anndata cannot "
             "read back. Choose a key without it."
@@ -216,9 +221,12 @@ def record(model: BaseModel, train_options: Mapping[str, Any] | None) -> dict[st
 
 
 def plain(value: Any) -> Any:
-    """``value`` without None, of types that ``write_h5ad`` knows; anything else by its text."""
+    """``value`` without None, of types that ``write_h5ad`` knows; anything else by its text.
+
+    A ``/`` in a key, such as the name of a column, becomes a ``|``: a file would make groups within groups of it.
+    """
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items() if v is not None}
+        return {str(k).replace("/", "|"): plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value if v is not None]
     if isinstance(value, np.generic):
