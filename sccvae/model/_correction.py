@@ -81,7 +81,7 @@ class CorrectionMixin(DecodingMixin):
             asked of a deterministic encoder, options do not fit together, or ``out`` has another shape or no floating
             type. Nothing is written then.
         TypeError
-            If ``n_samples`` is no whole number.
+            If ``n_samples`` is no whole number, or ``out`` no array.
         """
         if n_samples_overall is not None:
             check_sizes(n_samples_overall=n_samples_overall)
