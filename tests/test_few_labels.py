@@ -9,6 +9,7 @@ from test_guide import SIZES, make_blobs
 
 from sccvae.train.few_labels import classes_from_few, core, mean_recall, named_after, spread
 from sccvae.train.guide import neighbor_graph
+from sccvae.train.passes import some_of_each
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,15 @@ def test_held_back_labels_choose_the_best_way(caplog):
 def test_recall_counts_small_classes_as_much():
     classes, found = np.array([0] * 98 + [1, 1]), np.array([0] * 98 + [1, -1])
     assert mean_recall(classes, found) == 0.75
+
+
+def test_a_draw_has_cells_of_each_class():
+    rows = np.arange(1_000) * 3
+    classes = np.repeat([0, 1, 2], [990, 7, 3])
+    some = some_of_each(rows, classes, 100, 0, each=5)
+    assert len(some) == len(np.unique(some)) == 100
+    assert (np.diff(some) > 0).all()
+    assert np.bincount(classes[some // 3]).tolist()[2] == 3
+    assert np.bincount(classes[some // 3]).tolist()[1] >= 5
+    assert np.array_equal(some_of_each(rows, classes, 1_000, 0), rows)
+    assert set(classes[some_of_each(rows, classes, 4, 0) // 3]) == {0, 1, 2}

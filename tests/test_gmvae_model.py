@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _training import Raise
 from anndata import AnnData
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
@@ -569,3 +570,67 @@ def test_a_condition_called_component():
 def test_merging_to_no_whole_number(gmvae):
     with pytest.raises(TypeError, match=r"n_clusters=2\.5 must be a whole number"):
         gmvae.merge_components(2.5)
+
+
+@pytest.mark.parametrize("n_components", [None, 6])
+def test_few_labels_among_more_cells_than_a_graph_takes(monkeypatch, n_components):
+    """The graph was of cells drawn without a look at labels, and a class whose labels it missed had no component."""
+    adata = make_cells()
+    few = adata.obs["class"].astype(object)
+    few[~adata.obs.groupby("class", observed=True).cumcount().isin(range(4)).to_numpy()] = np.nan
+    adata.obs["few"] = few
+    monkeypatch.setattr(mixture, "MAX_CELLS", 80)
+    setup = {"batch_key": "condition", "labels_key": "few"}
+    model = make(adata, setup=setup, max_epochs=30, n_components=n_components)
+    assert (model.predict().astype(str) == adata.obs["class"].astype(str)).mean() > 0.95
+
+
+def test_a_guide_of_more_cells_than_a_graph_takes_counts_whole(monkeypatch):
+    adata = make_cells()
+    monkeypatch.setattr(mixture, "MAX_CELLS", 30)
+    seen = {}
+    moments = mixture._on_cells
+    monkeypatch.setattr(mixture, "_on_cells", lambda *given: seen.setdefault("labels", moments(*given)))
+    model = make(adata, guide="class", n_components=5)
+    assert (seen["labels"][model.train_indices] >= 0).all()
+
+
+def test_a_guide_of_no_training_cell_is_refused():
+    adata = make_cells()
+    model = make(adata, n_components=None)
+    before, k = model.get_latent_representation(), model.n_components
+    guide = np.full(adata.n_obs, None, dtype=object)
+    guide[model.validation_indices[:3]] = "a"
+    with pytest.raises(ValueError, match=r"guide= has no value for any of the \d+ training cells"):
+        model.train(max_epochs=2, guide=guide, **FAST)
+    assert model.n_components == k
+    assert (model.get_latent_representation() == before).all()
+
+
+@pytest.mark.parametrize("epochs", [1.4, True])
+def test_epochs_are_whole(epochs):
+    with pytest.raises(TypeError, match=r"max_epochs=.* must be a whole number"):
+        make(make_cells(), max_epochs=epochs)
+
+
+def test_a_training_that_fails_leaves_a_trained_model_as_it_was():
+    model = make(make_cells(), n_components=None)
+    before = model.get_latent_representation(), model.predict_proba(), model.n_components, model.history
+    for error in (RuntimeError("boom"), FloatingPointError("no number")):
+        with pytest.raises(type(error), match=str(error)):
+            model.train(max_epochs=4, **FAST, seed=5, callbacks=[Raise(error, after=3)])
+        assert (model.get_latent_representation() == before[0]).all()
+        assert (model.predict_proba() == before[1]).all().all()
+        assert model.n_components == model.settings["n_components"] == before[2]
+        assert model.history is before[3]
+        model.sample(3)
+
+
+def test_time_that_is_over_between_phases_is_no_interruption(monkeypatch):
+    slow = mixture._guide_rows
+    monkeypatch.setattr(mixture, "_guide_rows", lambda *given: (time.sleep(4), slow(*given))[1])
+    adata = make_cells()
+    model = make(adata, train=False, n_components=5)
+    model.train(max_epochs=2, max_time={"seconds": 3}, **FAST)
+    assert model.is_trained
+    assert not model.was_interrupted

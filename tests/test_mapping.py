@@ -27,7 +27,7 @@ import sccvae
 from sccvae import model as models
 from sccvae.data import batch_moments
 from sccvae.distributions import ZINB, Bernoulli, NegativeBinomial, Normal, Poisson
-from sccvae.model import AE, CVAE, GMVAE, VAE
+from sccvae.model import AE, CVAE, GMVAE, VAE, _transfer
 from sccvae.model._classes import (
     against_classes,
     by_normals,
@@ -810,3 +810,15 @@ def test_map_query(planted_reference, tmp_path):
         sccvae.tl.map_query(cells, model, unknown_threshold=2)
     with pytest.raises(TypeError, match="not int"):
         sccvae.tl.map_query(cells, 3)
+
+
+def test_a_rare_class_is_among_the_cells_that_genes_are_learned_from(monkeypatch):
+    """Of 10,000 cells drawn at random, one of 20 cells in 100,000 may have none: it had probability 0."""
+    monkeypatch.setattr(_transfer, "LEARNS_FROM", 40)
+    adata = toy_counts(300)
+    adata.obs["type"] = np.where(np.arange(300) % 100 == 0, "rare", np.where(np.arange(300) % 2, "T", "B"))
+    model = make(CVAE, adata, setup={"batch_key": "donor", "labels_key": "type"}, train=False)
+    model.train(**FAST, train_size=1.0)
+    known = model.reference["transfer"]
+    assert min(known["genes"]["intercepts"]) > -100
+    assert min(known["places"]["shares"]) > 0

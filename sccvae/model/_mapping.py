@@ -72,7 +72,8 @@ class MappingMixin(TransferMixin):
             the library size is scaled to what all genes would have given.
         freeze
             Train the weights of new categories only; else all weights, with a small learning rate, and cells of the
-            reference move.
+            reference move. Labels are then transferred by where the classes lay before: the further the weights went,
+            the more cells are "unknown".
 
         Returns
         -------

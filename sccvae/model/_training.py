@@ -13,7 +13,6 @@ from lightning import Callback
 from sccvae._names import with_known_names
 from sccvae.data import CellStore, split_indices
 from sccvae.train import TrainingResult, batch_effects, fit
-from sccvae.train.callbacks import out_of_time
 
 
 class TrainingMixin:
@@ -88,7 +87,8 @@ class TrainingMixin:
         ValueError
             If the model has no data, options do not fit, or the data cannot be described by the likelihood.
         FloatingPointError
-            If the loss stops being finite; the model then has its best weights.
+            If the loss stops being finite. As after any error, a model that was trained before is what it was then;
+            another has its best weights.
 
         Warns
         -----
@@ -121,8 +121,10 @@ class TrainingMixin:
 
     @contextmanager
     def _split(self, n: int, train_size: float, validation_size: float | None, seed: int) -> Iterator[None]:
-        """Inside, ``n`` cells are split; if training fails, the split of before stays: it belongs to the weights."""
+        """Inside, ``n`` cells are split; if training fails, a trained model stays what it was: split and weights."""
         before = self.train_indices, self.validation_indices, self.test_indices
+        weights = {k: v.clone() for k, v in self.module.state_dict().items()} if self.is_trained else None
+        n_components = getattr(self.module, "n_components", None)
         try:
             self.train_indices, self.validation_indices, self.test_indices = split_indices(
                 n, train_size, validation_size, seed
@@ -130,6 +132,12 @@ class TrainingMixin:
             yield
         except BaseException:
             self.train_indices, self.validation_indices, self.test_indices = before
+            if weights is not None:
+                if n_components is not None and self.module.n_components != n_components:
+                    self.module.set_components(n_components)
+                    self.settings["n_components"] = n_components
+                self.module.load_state_dict(weights)
+                self.module.eval()
             raise
 
     def _stops_early(self, early_stopping: bool | None, patience: int | None) -> bool:
@@ -167,7 +175,7 @@ class TrainingMixin:
         if result.trainer is not None:
             self.module.to(result.trainer.strategy.root_device)
         self.trainer = result.trainer
-        self.was_interrupted = result.interrupted and not (result.trainer and out_of_time(result.trainer))
+        self.was_interrupted = result.interrupted and not result.out_of_time
         self.history_ = result.history
         self._summarise()
         self.reference["kept_epoch"] = result.kept

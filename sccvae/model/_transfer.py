@@ -28,6 +28,7 @@ from sccvae.model._classes import (
 )
 from sccvae.module import Batch
 from sccvae.nn import check_sizes
+from sccvae.train.passes import some_of_each
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,8 @@ class TransferMixin:
             logger.warning("No cells were held out, so the probabilities of transferred labels are not calibrated.")
         views = self._look(None, held_out if len(held_out) else train, genes=known["genes"])
         # Where all cells of a class are held out, nothing is known of it: any probability of it would be wrong.
-        seen = (own >= 0) & (np.asarray(known["shares"])[own] > 0)
+        with_cells = np.minimum(known["shares"], known["places"]["shares"]) > 0
+        seen = (own >= 0) & with_cells[own]
         if (own[~seen] >= 0).any():
             logger.warning(
                 "Classes %s have no training cell: their %d held-out cells are no measure of the probabilities.",
@@ -287,7 +289,7 @@ class TransferMixin:
 
     def _learn_genes(self, rows: np.ndarray, codes: np.ndarray, n_classes: int) -> dict[str, Any]:
         """What the genes of training cells, (n,) rows and classes, say: regression and axes, and normals on these."""
-        some = _some(len(rows), LEARNS_FROM)
+        some = some_of_each(np.arange(len(rows)), codes, LEARNS_FROM, 0)  # a class not among them would get nothing
         x, codes = self._genes_of(None, rows[some]), codes[some]
         axes = principal_axes(x).astype(np.float64).round(6)  # single precision would be written in 17 digits
         places = normals(x @ axes.T, codes, n_classes)

@@ -191,6 +191,7 @@ class GMVAE(EvidenceModule):
 
     def set_components(self, n_components: int) -> None:
         """Make the heads that depend on K anew: the components of p(z|w,y) and the classes of q(y|.)."""
+        check_sizes(n_components=n_components)
         self.n_components = n_components
         n_y = self.y_body.n_out + (self.n_latent if self.classifier_sees_x else 0)
         device = self.device

@@ -15,6 +15,7 @@ from sklearn.cluster import KMeans
 from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
+from sccvae.nn import check_sizes
 from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import MAX_CELLS, Communities, Guide, principal_components
 from sccvae.train.passes import over_cells, some_rows
@@ -86,13 +87,14 @@ def fit_deep_clustering(
     FloatingPointError
         As for :func:`sccvae.train.fit`.
     """
+    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
     if init not in ("leiden", "kmeans"):
         msg = f"init={init!r} is not known; choose 'leiden' or 'kmeans'."
         raise ValueError(msg)
     if not choose_components and len(train_rows) < module.n_components:
         msg = f"n_components={module.n_components}, but there are only {len(train_rows)} training cells."
         raise ValueError(msg)
-    epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
+    epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else int(max_epochs)
     options |= {"batch_size": batch_size, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
     try:

@@ -47,8 +47,8 @@ class TrainingResult:
     ----------
     history
         Logged name -> data frame with one column, indexed by epoch.
-    interrupted
-        Whether Ctrl-C or ``max_time`` ended it.
+    interrupted, out_of_time
+        Whether Ctrl-C or ``max_time`` ended it, and whether it was the latter.
     trainer
         Lightning's trainer; None if a finished training was read from disk.
     kept
@@ -59,6 +59,7 @@ class TrainingResult:
     interrupted: bool
     trainer: Trainer | None
     kept: int
+    out_of_time: bool = False
 
 
 @with_known_names
@@ -252,7 +253,8 @@ def fit(
     if not plan.rows and timer is not None:
         msg = f"max_time={max_time!r} was over before the first epoch began; give it more."
         raise ValueError(msg)
-    if trainer is not None and len(plan.rows) < max_epochs and out_of_time(trainer):
+    late = trainer is not None and len(plan.rows) < max_epochs and out_of_time(trainer)
+    if late:
         logger.warning("Time was over after epoch %d of %d at most.", len(plan.rows), max_epochs)
         interrupted = True
     elif interrupted:
@@ -260,7 +262,7 @@ def fit(
     table = pd.DataFrame(plan.rows)
     table.index.name = "epoch"
     kept = best.epoch if restored else len(table) - 1
-    return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer, kept)
+    return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer, kept, late)
 
 
 @contextmanager

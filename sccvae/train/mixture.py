@@ -16,7 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from sccvae.data import CellStore
 from sccvae.module.gmvae import GMVAE
-from sccvae.nn import frozen_statistics
+from sccvae.nn import check_sizes, frozen_statistics
 from sccvae.train.few_labels import FOLDS, classes_from_few, core, mean_recall
 from sccvae.train.fit import TrainingResult
 from sccvae.train.guide import (
@@ -28,7 +28,7 @@ from sccvae.train.guide import (
     principal_components,
 )
 from sccvae.train.monitor import MixtureMonitor
-from sccvae.train.passes import over_cells, some_rows
+from sccvae.train.passes import over_cells, some_of_each, some_rows
 from sccvae.train.phases import Phases, at_stage, drawn_with
 from sccvae.train.schedules import default_max_epochs
 
@@ -138,11 +138,20 @@ def fit_mixture(
 
     Raises
     ------
-    ValueError, FloatingPointError
+    ValueError
+        If no training cell has a guide, and as for :func:`sccvae.train.fit`.
+    TypeError, FloatingPointError
         As for :func:`sccvae.train.fit`.
     """
+    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
     known = store.labels if store.labels is not None else np.full(len(store), -1)
-    warm = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else max_epochs
+    if guide is not None and (guide[train_rows] < 0).all():
+        msg = (
+            f"guide= has no value for any of the {len(train_rows)} training cells: it guides nothing. Give more cells "
+            "one, or leave it out."
+        )
+        raise ValueError(msg)
+    warm = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else int(max_epochs)
     options |= {"batch_size": batch_size, "lr": lr, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
     try:
@@ -182,7 +191,10 @@ def _in_phases(
         last = phases.run("warm-up", PHASES.index("warm-up"), CellStore(cells, None), warm)
     if last.interrupted:
         return MixtureResult(last, None)
-    rows = some_rows(train_rows, MAX_CELLS, seed)
+    rows = _guide_rows(train_rows, known, seed)
+    fixed = known.copy()  # what the guide does not change
+    if guide is not None:
+        fixed[train_rows] = np.where(known[train_rows] >= 0, known[train_rows], guide[train_rows])
     z = over_cells(module, store, rows, lambda b: module.inference(b)["z"].loc)
     if module.learned_w:  # z holds the conditions there; clusters are looked for across them
         z = _without_conditions(z, module, store, rows)
@@ -195,7 +207,11 @@ def _in_phases(
         # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
         # With conditions, these part the batches, as neighbours; valleys are looked for there too.
         (beside if module.conditions.width else views).append(principal_components(x, library, 30 if counts else 50))
-    found = _guide(views, known[rows], None if guide is None else guide[rows], module, choose_components, seed, beside)
+    if guide is None:
+        n_classes = int(known.max()) + 1  # also of those that no cell of these rows has
+        found = _guide(views, known[rows], n_classes, module, choose_components, seed, beside)
+    else:
+        found = Guide(guide[rows], int(guide.max()) + 1)
     if choose_components:
         if blind and found.n_clusters == 1:
             logger.warning("All cells are one cluster: no valley parts them. To part them anyway, give n_components.")
@@ -246,12 +262,12 @@ def _in_phases(
             last = phase("guided", max(least, GUIDED * warm), known, **guided)
         return MixtureResult(last, labels[train_rows])
     for _ in range(0 if guide is not None or (blind and counts) else ROUNDS):
-        labels = _on_cells(found, rows, known)
+        labels = _on_cells(found, rows, fixed)
         last = classifier(labels, min(ROUND * warm, ROUND_EPOCHS))
         if last.interrupted:
             return MixtureResult(last, labels[train_rows])
         features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
-        anew = _guide([features], known[rows], None, module, False, seed, before=found)
+        anew = _guide([features], known[rows], n_classes, module, False, seed, before=found)
         both = (found.labels >= 0) & (anew.labels >= 0)
         agreement = adjusted_rand_score(found.labels[both], anew.labels[both])
         logger.info("The guide made again agrees with the one before by %.3f (adjusted Rand index)", agreement)
@@ -264,7 +280,7 @@ def _in_phases(
             found.n_clusters,
             module.n_components,
         )
-    labels = _on_cells(found, rows, known)
+    labels = _on_cells(found, rows, fixed)
     with drawn_with(seed):
         module.reset_classifier()
         module.place(*_moments(z, labels[rows], module.n_components))
@@ -310,6 +326,15 @@ def _on_cells(found: Guide, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
     return labels
 
 
+def _guide_rows(train_rows: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
+    """Cells that a graph can take, (m,) int64; of many, up to half are those with a label, some of each class."""
+    labelled = train_rows[known[train_rows] >= 0]
+    if len(train_rows) <= MAX_CELLS or not len(labelled):
+        return some_rows(train_rows, MAX_CELLS, seed)
+    first = some_of_each(labelled, known[labelled], MAX_CELLS // 2, seed)
+    return np.union1d(first, some_rows(train_rows, MAX_CELLS - len(first), seed))
+
+
 def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np.ndarray) -> np.ndarray:
     """What a linear regression of z on the conditions leaves, (n, d), about the mean of z."""
     c = over_cells(module, store, rows, module.c)
@@ -320,18 +345,16 @@ def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np
 def _guide(
     views: list[np.ndarray],
     known: np.ndarray,
-    given: np.ndarray | None,
+    n_classes: int,
     module: GMVAE,
     choose: bool,
     seed: int,
     beside: Sequence[np.ndarray] = (),
     before: Guide | None = None,
 ) -> Guide:
-    """Labels for the cells with these coordinates: given, spread from the known ones, or found, much as before."""
-    if given is not None:
-        return Guide(given, int(given.max()) + 1)
+    """Labels for the cells with these coordinates: spread from the known ones, or found, much as before."""
     if (known >= 0).any():
-        return _spread_guide(joint_graph(views), known, module, choose, seed)
+        return _spread_guide(joint_graph(views), known, n_classes, module, choose, seed)
     communities = Communities.of(views, seed, beside)
     if choose:
         return communities.separate()
@@ -341,9 +364,8 @@ def _guide(
     return found or communities.with_clusters(n, before)
 
 
-def _spread_guide(graph, known: np.ndarray, module: GMVAE, choose: bool, seed: int) -> Guide:
+def _spread_guide(graph, known: np.ndarray, n_classes: int, module: GMVAE, choose: bool, seed: int) -> Guide:
     """Classes spread over the graph from the known labels; components beyond them take clusters far from any label."""
-    n_classes = int(known.max()) + 1
     n_components = n_classes if choose else module.n_components
     classes, recall = classes_from_few(graph, known, n_classes, seed)
     labels = core(graph, classes, n_classes)

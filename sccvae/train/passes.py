@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -43,6 +44,34 @@ def over_cells(
         for tensors in chunk
     ]
     return torch.cat(found).cpu().numpy()
+
+
+def some_of_each(rows: np.ndarray, classes: np.ndarray, most: int, seed: int, each: int = 50) -> np.ndarray:
+    """At most so many of the rows, drawn at random, in order, with up to ``each`` of every class among them.
+
+    Parameters
+    ----------
+    rows
+        (n,) int64.
+    classes
+        Their classes, (n,).
+    most
+        How many at most.
+    seed
+        Of the draw.
+    each
+        Cells of a class that come first; fewer, if there are too many classes for so many.
+
+    Returns
+    -------
+    (m,) int64, m <= most.
+    """
+    if len(rows) <= most:
+        return rows
+    order = np.random.default_rng(seed).permutation(len(rows))
+    rank = pd.Series(order).groupby(classes[order]).cumcount().to_numpy()
+    each = min(each, max(1, most // len(np.unique(classes))))
+    return rows[np.sort(order[np.argsort(rank >= each, kind="stable")][:most])]
 
 
 def some_rows(rows: np.ndarray, most: int, seed: int) -> np.ndarray:

@@ -114,12 +114,13 @@ class Phases:
         kept = sum(map(len, self.frames)) + found.kept
         self.frames.append(frame.assign(phase=float(number)))
         self.trainer = found.trainer
-        return TrainingResult(self._history(), found.interrupted, found.trainer, kept)
+        return TrainingResult(self._history(), found.interrupted, found.trainer, kept, found.out_of_time)
 
     def so_far(self) -> TrainingResult:
         """What is there when Ctrl-C strikes, or time is over, between two phases."""
         logger.warning("Training ends after %d of its phases; the model keeps its current weights.", len(self.frames))
-        return TrainingResult(self._history(), True, self.trainer, sum(map(len, self.frames)) - 1)
+        late = self.end is not None and time.monotonic() >= self.end
+        return TrainingResult(self._history(), True, self.trainer, sum(map(len, self.frames)) - 1, late)
 
     def _history(self) -> dict[str, pd.DataFrame]:
         table = pd.concat(self.frames, ignore_index=True).rename_axis(index="epoch")
