@@ -616,6 +616,7 @@ def test_epochs_are_whole(epochs):
 def test_a_training_that_fails_leaves_a_trained_model_as_it_was():
     model = make(make_cells(), n_components=None)
     before = model.get_latent_representation(), model.predict_proba(), model.n_components, model.history
+    random = torch.random.get_rng_state()
     for error in (RuntimeError("boom"), FloatingPointError("no number")):
         with pytest.raises(type(error), match=str(error)):
             model.train(max_epochs=4, **FAST, seed=5, callbacks=[Raise(error, after=3)])
@@ -623,6 +624,7 @@ def test_a_training_that_fails_leaves_a_trained_model_as_it_was():
         assert (model.predict_proba() == before[1]).all().all()
         assert model.n_components == model.settings["n_components"] == before[2]
         assert model.history is before[3]
+        assert torch.equal(torch.random.get_rng_state(), random)
         model.sample(3)
 
 
