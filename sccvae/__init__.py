@@ -1,7 +1,7 @@
 """Conditional variational autoencoders for single-cell data, on AnnData.
 
-The rooms (``sccvae.model``, ``sccvae.tl``, …) are imported when they are first used: ``import sccvae`` alone loads
-neither torch nor scvi-tools.
+The subpackages (``sccvae.model``, ``sccvae.tl``, …) are imported when they are first used: ``import sccvae`` alone
+loads neither torch nor scvi-tools.
 """
 
 from __future__ import annotations
