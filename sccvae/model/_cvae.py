@@ -69,7 +69,7 @@ class CVAE(
     >>> model = sccvae.model.CVAE(adata)
     >>> model.train()
     >>> adata.obsm["X_cvae"] = model.get_latent_representation()
-    >>> adata.layers["corrected"] = model.get_normalized_expression(transform_batch="batch0", library_size=1e4)
+    >>> model.correct(transform_batch="batch0")  # adata.layers["corrected"]
     """
 
     def __init__(

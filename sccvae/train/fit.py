@@ -303,8 +303,8 @@ def _accelerator(asked: str, module: GenerativeModule) -> str:
         return "cpu"
     if module.likelihood.support == "counts":
         msg = (
-            f"accelerator={asked!r} is Apple's GPU here, which has no float64, and log masses of counts need it; use "
-            "accelerator='cpu'."
+            f"accelerator={asked!r} is Apple's GPU here, which has no float64, and log probabilities of counts need "
+            "it; use accelerator='cpu'."
         )
         raise ValueError(msg)
     return asked

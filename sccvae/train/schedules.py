@@ -27,10 +27,10 @@ def default_max_epochs(steps_per_epoch: int) -> int:
 def default_sizes(n_cells: int) -> dict[str, int]:
     """Width of the hidden layers, and latent dimensions, that suit so many cells.
 
-    Few cells are learned by heart by a wide network: a type that one batch alone holds then moves to others (500 cells
-    of pancreas), and the less so, the more dimensions part it from them. Many cells are of many types, which a narrow
-    network lays on one another (60 simulated types in 8,000 cells: neighbours in other batches tell 0.86 of them by 64
-    units, 0.97 by 128, 0.99 by 256); more dimensions help these a little, and cost sets of blood cells as much.
+    A wide network overfits few cells, and moves a type that only one batch holds onto others (500 cells of pancreas);
+    more latent dimensions reduce this. Many cells are of many types, some of which a narrow network merges (60
+    simulated types in 8,000 cells: the neighbours in other batches are of the same type for 0.86 of the cells with 64
+    units, 0.97 with 128, 0.99 with 256); more dimensions help these a little, and harm sets of blood cells as much.
 
     Parameters
     ----------
