@@ -34,7 +34,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 
-# A room's page lists its __all__, wherever the names are defined.
+# A subpackage's page lists its __all__, wherever the names are defined.
 autosummary_ignore_module_all = False
 autosummary_imported_members = True
 autodoc_typehints = "description"
