@@ -243,25 +243,26 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         }
         if "image_shape" in self.adata.uns:
             self.reference["image_shape"] = [int(n) for n in self.adata.uns["image_shape"]]
-        mean = cells.gene_means
-        if self.module.likelihood.support == "counts":
+        likelihood, mean = self.module.likelihood, cells.gene_means
+        if likelihood.support == "counts":
             if not mean.any():
                 where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
                 msg = f"{where} holds no counts at all; there is nothing to learn. Is it the right layer?"
                 raise ValueError(msg)
             mean = mean / mean.sum()
-        self.module.likelihood.initialise(torch.from_numpy(mean))
-        if hasattr(self.module.likelihood, "depth"):
-            self.module.likelihood.depth.fill_(float(np.median(cells.library)))
-        if isinstance(self.module.likelihood, NegativeBinomial):
-            own = "log_theta" in self.module.likelihood.batchwise
-            zeros = not isinstance(self.module.likelihood, ZINB)  # which explains them otherwise
+        likelihood.initialise(torch.from_numpy(mean))
+        if hasattr(likelihood, "depth"):
+            likelihood.depth.fill_(float(np.median(cells.library)))
+        if isinstance(likelihood, NegativeBinomial):
+            own = "log_theta" in likelihood.batchwise
+            zeros = not isinstance(likelihood, ZINB)  # which explains them otherwise
             theta = batch_moments(store, self.schema.n_categories[0] if own else None, zeros=zeros)[1]
-            self.module.likelihood.initialise_dispersion(torch.from_numpy(theta))
-        if self.module.likelihood.batchwise:
-            n_batch = self.schema.n_categories[0]
-            effect, kinds = batch_effects(store, n_batch, with_kinds=self._aligns_kinds)
-            self.module.likelihood.initialise_batches(torch.from_numpy(effect))
+            likelihood.initialise_dispersion(torch.from_numpy(theta))
+        offset = "offset" in likelihood.batchwise and hasattr(likelihood, "initialise_batches")
+        if offset or self._aligns_kinds:
+            effect, kinds = batch_effects(store, self.schema.n_categories[0], with_kinds=self._aligns_kinds)
+            if offset:
+                likelihood.initialise_batches(torch.from_numpy(effect))
             if self._aligns_kinds:
                 self.module.kinds = kinds
         if self.settings.get("input_dropout", 0.0) is None:

@@ -200,9 +200,10 @@ class DifferentialMixin:
             raise ValueError(msg)
         given = self._given(adata)
         found = comparisons(given, groupby, group1, group2, idx1, idx2)
-        if pseudocounts is None:
+        if not counts:
+            pseudocounts = 0.0
+        elif pseudocounts is None:
             pseudocounts = NOT_EXPRESSED / self.reference["library_quantiles"][50]
-        pseudocounts = pseudocounts if counts else 0.0
         correct = corrects and batch_correction is not False
         present = measured(given, self.schema)
         sums, parts = self._sums(adata, found, correct, batch_size, silent, seed)
