@@ -38,6 +38,7 @@ from sccvae.model._saving import SavingMixin
 from sccvae.model._training import TrainingMixin
 from sccvae.module import Batch, GenerativeModule, InputDropout
 from sccvae.train import batch_effects, default_sizes
+from sccvae.train.fit import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -332,16 +333,8 @@ def inference_batch(n_features: int) -> int:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside, and leave torch's global random state as it was."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def evaluating(seed: int) -> Iterator[None]:
-    """:func:`seeded`, without gradients."""
+    """Draw from ``seed`` inside, without gradients; torch's global random state is left as it was."""
     with seeded(seed), torch.inference_mode():
         yield
 

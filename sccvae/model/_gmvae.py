@@ -136,9 +136,10 @@ class GMVAE(
         Parameters
         ----------
         max_epochs
-            Epochs of the warm-up; None for about 6,000 optimiser steps. Each of the two rounds of the guide takes a
-            fifth of it, at most 6, the guided phase half, at most 15, the free one a tenth, at most 5; but rounds and
-            guided phase at least 200 optimiser steps, as far as the warm-up has so many epochs.
+            Epochs of the warm-up; None for about 6,000 optimiser steps. Each of the two rounds of the guide (none for
+            counts without labels, nor with your own guide) takes a fifth of it, at most 6, the guided phase half, at
+            most 15, the free one a tenth, at most 5; but rounds and guided phase at least 200 optimiser steps, as far
+            as the warm-up has so many epochs.
         guide
             Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
             none). Unlike ``labels_key``, they only start the clusters.

@@ -16,10 +16,10 @@ from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
 from sccvae.nn import check_sizes
-from sccvae.train.fit import TrainingResult
+from sccvae.train.fit import TrainingResult, seeded
 from sccvae.train.guide import MAX_CELLS, Communities, Guide, principal_components
 from sccvae.train.passes import over_cells, some_rows
-from sccvae.train.phases import Phases, at_stage, drawn_with
+from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _in_phases(
     """:func:`fit_deep_clustering`, with the epochs of the pretraining."""
     module, train_rows, seed = phases.module, phases.train_rows, phases.seed
     if choose_components:  # a training before this one may have chosen
-        with drawn_with(seed):
+        with seeded(seed):
             module.set_components(1)
     with at_stage(module, "pretraining"):
         result = phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
@@ -130,7 +130,7 @@ def _in_phases(
         views.append(principal_components(store.cells.x[rows], None))
     if choose_components:
         found = Communities.of(views, seed).separate()
-        with drawn_with(seed):
+        with seeded(seed):
             module.set_components(found.n_clusters)
     elif init == "kmeans":
         found = _k_means(z, module.n_components, seed)

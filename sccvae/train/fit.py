@@ -191,9 +191,8 @@ def fit(
     if progress_bar:
         used.append(CellsBar(len(train_rows), max_epochs, description))
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         stack.enter_context(_quiet_lightning())
-        torch.manual_seed(seed)
+        stack.enter_context(seeded(seed))
         checkpoint = None
         if n_processes > 1 and checkpoint_dir is None:  # by this file forked processes give their weights back
             checkpoint_dir = stack.enter_context(TemporaryDirectory(prefix="sccvae-"))
@@ -263,6 +262,14 @@ def fit(
     table.index.name = "epoch"
     kept = best.epoch if restored else len(table) - 1
     return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer, kept, late)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws from ``seed``; its global random states, also those of GPUs, are left as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

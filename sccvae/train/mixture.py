@@ -18,7 +18,7 @@ from sccvae.data import CellStore
 from sccvae.module.gmvae import GMVAE
 from sccvae.nn import check_sizes, frozen_statistics
 from sccvae.train.few_labels import FOLDS, classes_from_few, core, mean_recall
-from sccvae.train.fit import TrainingResult
+from sccvae.train.fit import TrainingResult, seeded
 from sccvae.train.guide import (
     MAX_CELLS,
     RESOLUTIONS,
@@ -29,7 +29,7 @@ from sccvae.train.guide import (
 )
 from sccvae.train.monitor import MixtureMonitor
 from sccvae.train.passes import over_cells, some_of_each, some_rows
-from sccvae.train.phases import Phases, at_stage, drawn_with
+from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _in_phases(
         return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, monitor, again, **more)
 
     if choose_components:  # a training before this one may have chosen
-        with drawn_with(seed):
+        with seeded(seed):
             module.set_components(max(1, int(known.max()) + 1))
     with at_stage(module, "warmup"):
         last = phases.run("warm-up", PHASES.index("warm-up"), CellStore(cells, None), warm)
@@ -215,21 +215,21 @@ def _in_phases(
     if choose_components:
         if blind and found.n_clusters == 1:
             logger.warning("All cells are one cluster: no valley parts them. To part them anyway, give n_components.")
-        with drawn_with(seed):
+        with seeded(seed):
             module.set_components(max(found.n_clusters, int(known.max()) + 1))
     least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
     guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
 
     def classifier(labels: np.ndarray, epochs: float) -> TrainingResult:
         """Let q(y|.) alone learn a guide."""
-        with drawn_with(seed):
+        with seeded(seed):
             module.reset_classifier()
         with at_stage(module, "classifier"):
             return phase("guide", max(least, epochs), labels, **guided)
 
     def by_labels(labels: np.ndarray, epochs: float) -> TrainingResult:
         """Let q(y|x) alone learn true labels, whatever z."""
-        with drawn_with(seed):
+        with seeded(seed):
             module.reset_classifier()
         module.forget_z()
         again = _more_often(train_rows, labels, LABELLED_SHARE)
@@ -281,7 +281,7 @@ def _in_phases(
             module.n_components,
         )
     labels = _on_cells(found, rows, fixed)
-    with drawn_with(seed):
+    with seeded(seed):
         module.reset_classifier()
         module.place(*_moments(z, labels[rows], module.n_components))
     last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
@@ -148,11 +147,3 @@ def at_stage(module: GenerativeModule, stage: str) -> Iterator[None]:
     finally:
         module.stage = before
         module.requires_grad_(True)
-
-
-@contextmanager
-def drawn_with(seed: int) -> Iterator[None]:
-    """Inside, weights are drawn with this seed; torch's global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
