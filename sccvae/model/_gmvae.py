@@ -178,7 +178,7 @@ class GMVAE(
                 guide=guide,
                 choose_components=self._choose_components,
                 **options,
-            ).training
+            )
         finally:  # also when the training fails: weights and settings must belong together
             self.settings["n_components"] = self.module.n_components
 

@@ -97,12 +97,9 @@ def fit_deep_clustering(
     epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else int(max_epochs)
     options |= {"batch_size": batch_size, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
-    try:
-        return _in_phases(phases, store, epochs, choose_components, init, kl_warmup, early_stopping)
-    except KeyboardInterrupt:  # between two phases: within one, it ends in order by itself
-        if not phases.frames:
-            raise
-        return phases.so_far()
+    return phases.in_order(
+        lambda: _in_phases(phases, store, epochs, choose_components, init, kl_warmup, early_stopping)
+    )
 
 
 def _in_phases(
@@ -120,9 +117,7 @@ def _in_phases(
         with seeded(seed):
             module.set_components(1)
     with at_stage(module, "pretraining"):
-        result = phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
-    if result.interrupted:
-        return result
+        phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
     rows = some_rows(train_rows, MAX_CELLS, seed)
     z = over_cells(module, store, rows, lambda batch: module.inference(batch)["z"])
     views = [z]
