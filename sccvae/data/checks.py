@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from sccvae.data.categories import check_once, check_plain, is_label
+from sccvae.data.categories import check_filled, check_plain, is_label, obs_column
 from sccvae.data.confounding import confounding
 
 #: Genes for each cell above which networks lose types, and genes that are few enough whatever the cells. Of 1,000
@@ -27,6 +27,20 @@ NO_NUMBERS = {
     "m": ("durations", "{at}.dt.total_seconds()"),
     "c": ("complex numbers", "{at}.map(abs)"),
 }
+
+
+def check_anndata(adata: Any) -> None:
+    """Refuse what is no AnnData."""
+    if not isinstance(adata, AnnData):
+        msg = f"adata must be an AnnData object, not {type(adata).__name__}."
+        raise TypeError(msg)
+
+
+def check_no_view(adata: AnnData, otherwise: str = "") -> None:
+    """Refuse a view, which nothing can be written to; what could be done ``otherwise``."""
+    if adata.is_view:
+        msg = f"adata is a view of another AnnData; run `adata = adata.copy()` first{otherwise}."
+        raise ValueError(msg)
 
 
 def check_setup(
@@ -72,15 +86,8 @@ def check_setup(
         many genes for so few cells. If a class is called as if it were none ("Unknown"), and if a covariate varies too
         little for its size.
     """
-    if not isinstance(adata, AnnData):
-        msg = f"adata must be an AnnData object, not {type(adata).__name__}."
-        raise TypeError(msg)
-    if adata.is_view:
-        msg = (
-            "adata is a view of another AnnData; run `adata = adata.copy()` first, so that the setup has a place "
-            "to stay."
-        )
-        raise ValueError(msg)
+    check_anndata(adata)
+    check_no_view(adata)
     if 0 in adata.shape:
         msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to model."
         raise ValueError(msg)
@@ -109,10 +116,7 @@ def check_setup(
     categorical = [batch_key, *(categorical_covariate_keys or ())]
     numerical = [size_factor_key, *(continuous_covariate_keys or ())]
     for key in filter(None, [*categorical, labels_key, *numerical]):
-        if key not in adata.obs:
-            msg = f"There is no adata.obs[{key!r}]; the columns are {list(adata.obs.columns)}."
-            raise KeyError(msg)
-        check_once(adata, key)
+        obs_column(adata, key)
     both = sorted({*filter(None, categorical)} & {*filter(None, numerical)})
     if both:
         msg = (
@@ -121,15 +125,7 @@ def check_setup(
         )
         raise ValueError(msg)
     for key in filter(None, categorical):
-        missing = int(adata.obs[key].isna().sum())
-        if missing:
-            msg = (
-                f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} cells. Give them a "
-                "category of their "
-                f"own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('unknown')`) or leave "
-                "these cells out."
-            )
-            raise ValueError(msg)
+        check_filled(adata.obs[key])
         check_plain(adata.obs[key])
     if unlabeled_category is not None and labels_key is None:
         msg = f"unlabeled_category={unlabeled_category!r} needs labels_key, the obs column that it stands in."

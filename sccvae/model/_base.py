@@ -20,6 +20,7 @@ from scvi.model.base import BaseModelClass
 
 from sccvae._names import check_names
 from sccvae.data import (
+    Cells,
     CellStore,
     ChunkLoader,
     DiskMatrix,
@@ -32,6 +33,7 @@ from sccvae.data import (
     row_numbers,
     zero_share,
 )
+from sccvae.data.checks import check_anndata
 from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._registry import RegistryMixin
 from sccvae.model._saving import SavingMixin
@@ -210,26 +212,26 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
             msg = "This model was loaded without data; pass adata=."
             raise ValueError(msg)
         adata = self.adata if adata is None else adata
-        if not isinstance(adata, AnnData):
-            msg = f"adata must be an AnnData object, not {type(adata).__name__}."
-            raise TypeError(msg)
+        check_anndata(adata)
         return adata
 
     def _store(self, adata: AnnData | None, data: str = "disk") -> CellStore:
         """The cells of ``adata`` (None: of the set-up), checked against the likelihood; read now unless from disk."""
-        adata = self._given(adata)
+        return CellStore(self._cells(self._given(adata), self._read_schema, data))
+
+    def _cells(self, adata: AnnData, schema: Schema, data: str) -> Cells:
+        """What :meth:`_store` hands out, with the genes of ``schema``."""
         known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is adata else None
-        cells = read_cells(adata, self._read_schema, data, known)
+        cells = read_cells(adata, schema, data, known)
         if isinstance(cells.x, DiskMatrix):
             self._looked_at = weakref.ref(adata), cells.x
-        where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
-        check_support(cells, self.module.likelihood.support, where)
+        check_support(cells, self.module.likelihood.support, schema.where)
         if self.schema.size_factor_key is not None:
             # On first sight of the training cells: the unit that makes size factors library sizes in counts.
             if "library_unit" not in self.reference:
                 self.reference["library_unit"] = float(cells.survey.totals.sum() / cells.library.sum())
             cells.library = (cells.library * self.reference["library_unit"]).astype(np.float32)
-        return CellStore(cells)
+        return cells
 
     def _start_at_data(self, store: CellStore) -> None:
         """Note what generation needs, and start output heads and covariate scales at the training data."""
@@ -247,8 +249,7 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         likelihood, mean = self.module.likelihood, cells.gene_means
         if likelihood.support == "counts":
             if not mean.any():
-                where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
-                msg = f"{where} holds no counts at all; there is nothing to learn. Is it the right layer?"
+                msg = f"{self.schema.where} holds no counts at all; there is nothing to learn. Is it the right layer?"
                 raise ValueError(msg)
             mean = mean / mean.sum()
         likelihood.initialise(torch.from_numpy(mean))
@@ -283,6 +284,15 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         """Whether training compares batches kind by kind: kinds are told from counts at the median depth."""
         settings = self.module.likelihood.settings
         return hasattr(self.module, "kinds") and self.module.has_late_penalty and settings.get("depth_free", False)
+
+    def _check_draws(self, asked: str) -> None:
+        """Refuse what was ``asked`` for, which needs draws of z, of an encoder that gives none."""
+        if any(factor.kind == "delta" for factor in self.module.factors.inference):
+            msg = (
+                f"{asked}: {type(self).__name__} has a deterministic encoder: there are no draws of z to give. Leave "
+                "it out, or use a VAE."
+            )
+            raise ValueError(msg)
 
     def _rows(self, adata: AnnData | None, indices: Sequence[int] | slice | None) -> np.ndarray:
         return row_numbers(indices, self._given(adata).n_obs)

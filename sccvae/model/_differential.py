@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from tqdm.auto import tqdm
 
 from sccvae.data import DiskMatrix, measured
 from sccvae.model._base import evaluating
@@ -19,6 +18,7 @@ from sccvae.model._comparisons import Comparison, comparisons, warn_of_parted_ba
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change
 from sccvae.model._shrinkage import expected_fdr, posterior_draws
 from sccvae.nn import check_sizes
+from sccvae.train.callbacks import progress
 
 #: Counts in a cell of median library size below which a gene counts as not expressed (scvi-tools' threshold_counts).
 NOT_EXPRESSED = 0.01
@@ -257,7 +257,7 @@ class DifferentialMixin:
             used, part = used[order], part[order]
         changes = [Change(codes={0: int(b)}) for b in np.unique(store.cells.codes[used, 0])] if correct else [Change()]
         sums, rng, done = Sums.zeros(len(parts), store.n_features), np.random.default_rng(seed), 0
-        with evaluating(seed), tqdm(total=len(used), desc="DE", unit="cell", disable=silent) as bar:
+        with evaluating(seed), progress(total=len(used), desc="DE", unit=" cells", disable=silent) as bar:
             for batch in self._batches(store, used, batch_size):
                 z = self.module.inference(batch)["z"].sample()
                 own = self.module.generative({"z": z}, batch).mean

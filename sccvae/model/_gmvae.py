@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from sccvae import module
 from sccvae.data import CellStore, match
+from sccvae.data.categories import obs_column
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
@@ -191,10 +192,7 @@ class GMVAE(
         if guide is None:
             return None
         if isinstance(guide, str):
-            if guide not in self.adata.obs:
-                msg = f"guide={guide!r}: there is no such column; adata.obs has {list(self.adata.obs.columns)}."
-                raise KeyError(msg)
-            guide = self.adata.obs[guide]
+            guide = obs_column(self.adata, guide, "guide")
         values = pd.Series(np.asarray(guide, dtype=object))
         if len(values) != self.adata.n_obs:
             msg = f"guide has {len(values)} values, adata {self.adata.n_obs} cells."

@@ -87,7 +87,7 @@ def fit_deep_clustering(
     FloatingPointError
         As for :func:`sccvae.train.fit`.
     """
-    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
+    check_sizes(batch_size=batch_size, max_epochs=1 if max_epochs is None else max_epochs)
     if init not in ("leiden", "kmeans"):
         msg = f"init={init!r} is not known; choose 'leiden' or 'kmeans'."
         raise ValueError(msg)

@@ -155,7 +155,7 @@ def fit(
     FloatingPointError
         If the loss stops being finite; the module then has its best weights, or, before any validation, its first ones.
     """
-    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
+    check_sizes(batch_size=batch_size, max_epochs=1 if max_epochs is None else max_epochs)
     batch_size = int(batch_size)
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."

@@ -127,7 +127,7 @@ def fit_mixture(
     TypeError, FloatingPointError
         As for :func:`sccvae.train.fit`.
     """
-    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
+    check_sizes(batch_size=batch_size, max_epochs=1 if max_epochs is None else max_epochs)
     known = store.labels if store.labels is not None else np.full(len(store), -1)
     if guide is not None and (guide[train_rows] < 0).all():
         msg = (
