@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy.special import entr
 
 from sccvae.model._base import evaluating
 from sccvae.nn import check_sizes
@@ -112,12 +113,12 @@ class ClusteringMixin:
         From 1 to K.
         """
         share = self.predict_proba(adata, indices).mean(0, dtype=np.float64)
-        return float(np.exp(-(share * np.log(np.maximum(share, 1e-300))).sum()))
+        return float(np.exp(entr(share).sum()))
 
 
 def entropy(q: np.ndarray) -> np.ndarray:
     """Entropy in nats, (n,), of probabilities (n, K)."""
-    return -(q * np.log(np.maximum(q, 1e-12))).sum(1)
+    return entr(q).sum(1)
 
 
 class MixtureMixin(ClusteringMixin):

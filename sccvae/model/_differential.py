@@ -334,8 +334,8 @@ def _surest_first(proba: np.ndarray, change: np.ndarray, mode: str, delta: float
     return np.lexsort((-beyond / np.maximum(change.std(0), 1e-12), -proba))
 
 
-def _log_odds(proba: np.ndarray, eps: float = 1e-8) -> np.ndarray:
-    return np.log(proba + eps) - np.log(1 - proba + eps)
+def _log_odds(proba: np.ndarray) -> np.ndarray:
+    return np.log(proba + 1e-8) - np.log(1 - proba + 1e-8)
 
 
 def _check_options(mode: str, delta: float, fdr_target: float, pseudocounts: float | None, n_samples: int) -> None:

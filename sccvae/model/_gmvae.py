@@ -239,23 +239,20 @@ class GMVAE(
         rng = np.random.default_rng([seed, 1])
         if component is None:
             shares = np.asarray(self.reference.get("component_shares") or np.ones(self.n_components))
-            self._drawn = rng.choice(self.n_components, n, p=shares / shares.sum())
+            drawn = rng.choice(self.n_components, n, p=shares / shares.sum())
         else:
             if str(component) not in self.component_names:
                 msg = f"component={component!r} is not one of {self.component_names}."
                 raise ValueError(msg)
-            self._drawn = np.full(n, self.component_names.index(str(component)))
-        try:
-            generated = super().sample(n, batch=batch, mean=mean, seed=seed)
-            name = "drawn_component" if "component" in generated.obs else "component"
-            generated.obs[name] = pd.Categorical.from_codes(self._drawn, categories=self.component_names)
-        finally:
-            del self._drawn
+            drawn = np.full(n, self.component_names.index(str(component)))
+        generated = self._sample(n, batch, mean=mean, seed=seed, components=drawn)
+        name = "drawn_component" if "component" in generated.obs else "component"
+        generated.obs[name] = pd.Categorical.from_codes(drawn, categories=self.component_names)
         return generated
 
-    def _prior_z(self, batch: Batch, rows: np.ndarray, *, center: bool) -> torch.Tensor:
+    def _prior_z(self, batch: Batch, rows: np.ndarray, *, components: np.ndarray) -> torch.Tensor:
         p_w = self.module.prior_w(batch)
-        w = p_w.loc if center else p_w.loc + p_w.scale * torch.randn(len(rows), self.module.n_w, device=batch.x.device)
+        w = p_w.loc + p_w.scale * torch.randn(len(rows), self.module.n_w, device=batch.x.device)
         p_z = self.module.components(w)
-        own = torch.arange(len(rows)), torch.from_numpy(self._drawn[rows])
-        return p_z.loc[own] if center else p_z.loc[own] + p_z.scale[own] * torch.randn_like(p_z.loc[own])
+        own = torch.arange(len(rows)), torch.from_numpy(components[rows])
+        return p_z.loc[own] + p_z.scale[own] * torch.randn_like(p_z.loc[own])

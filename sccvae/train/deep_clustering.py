@@ -148,8 +148,6 @@ class TargetDistribution(Callback):
         The cells.
     rows
         Those of the training, (n,) int64.
-    tolerance
-        Share of the cells that must change their cluster in an epoch for the training to go on.
 
     Attributes
     ----------
@@ -159,8 +157,8 @@ class TargetDistribution(Callback):
         For each epoch, the share of the cells that changed their cluster.
     """
 
-    def __init__(self, store: CellStore, rows: np.ndarray, tolerance: float = TOLERANCE) -> None:
-        self.store, self.rows, self.tolerance = store, rows, tolerance
+    def __init__(self, store: CellStore, rows: np.ndarray) -> None:
+        self.store, self.rows = store, rows
         self.labels: np.ndarray | None = None
         self.changed: list[float] = []
 
@@ -173,7 +171,7 @@ class TargetDistribution(Callback):
         before = self.labels
         self._update(pl_module.module)
         self.changed.append(float((self.labels != before).mean()))
-        trainer.should_stop |= self.changed[-1] < self.tolerance
+        trainer.should_stop |= self.changed[-1] < TOLERANCE
 
     def _update(self, module: IDEC) -> None:
         total = torch.zeros_like(module.frequencies, dtype=torch.float64)
