@@ -65,7 +65,7 @@ def parser(run: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     _mixture_options(cluster)
 
     mapping = _command(commands, "map", run, "map new cells on a saved model, with labels if it has some", MAP_HELP)
-    _files(mapping, "saved model to map on; needed")
+    _files(mapping, model_needed=True)
     mapping.add_argument("--key", default="mapped", metavar="KEY", help="name of the results (default: mapped)")
     mapping.add_argument("--unknown-threshold", type=float, default=0.9, metavar="SHARE", help="a cell is unknown if "
                          "it lies further out than this share of held-out cells (default: 0.9)")  # fmt: skip
@@ -153,11 +153,12 @@ def _command(commands: Any, name: str, run: Mapping[str, Any], short: str, text:
     return command
 
 
-def _files(command: argparse.ArgumentParser, model: str = "saved model; without it one is trained") -> None:
+def _files(command: argparse.ArgumentParser, *, model_needed: bool = False) -> None:
     command.add_argument("input", type=Path, metavar="IN.h5ad", help="cells x genes; never changed")
     command.add_argument("output", type=_h5ad, metavar="OUT.h5ad", help="where to; appears whole or not at all")
     command.add_argument("--force", action="store_true", help="replace OUT.h5ad if it exists")
-    command.add_argument("--model-dir", type=Path, metavar="DIR", help=model)
+    what = "saved model to map on; needed" if model_needed else "saved model; without it one is trained"
+    command.add_argument("--model-dir", type=Path, required=model_needed, metavar="DIR", help=what)
 
 
 def _mixture_options(command: argparse.ArgumentParser) -> None:

@@ -161,8 +161,6 @@ def _cluster(args: argparse.Namespace, received: list[int]) -> None:
 
 
 def _map(args: argparse.Namespace, received: list[int]) -> None:
-    if args.model_dir is None:
-        args.usage_error("--model-dir is needed: the saved model to map the cells on")
     _options(args)
     adata = _read(args.input)
     from sccvae import tl

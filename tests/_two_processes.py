@@ -62,7 +62,7 @@ def main(folder: Path, strategy: str, devices: int, batch_size: int, models: lis
             history = fit_deep_clustering(module, CellStore(cells), *rows, **options).history
         else:
             module = GMVAE(G, 3, **size)
-            history = fit_mixture(module, CellStore(cells), *rows, **options).training.history
+            history = fit_mixture(module, CellStore(cells), *rows, **options).history
         state = {k: v.double().sum().item() for k, v in module.state_dict().items()}
         end = {"losses": history["elbo_validation"]["elbo_validation"].tolist(), "state": state}
         (folder / f"{name}{os.environ.get('LOCAL_RANK', 0)}.json").write_text(json.dumps(end))

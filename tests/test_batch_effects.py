@@ -17,7 +17,7 @@ from sklearn.linear_model import PoissonRegressor
 from sccvae import model as models
 from sccvae._rows import SparseRows
 from sccvae.data import Cells, CellStore, batch_moments, zero_share
-from sccvae.distributions import ZINB, NegativeBinomial, log_nb
+from sccvae.distributions import LIKELIHOODS, ZINB, NegativeBinomial, Poisson, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
 from sccvae.module import GMVAE, VAE, Batch, anchored
@@ -463,6 +463,22 @@ def test_offsets_and_depth_are_saved(cells, tmp_path):
     assert np.array_equal(again.get_latent_representation(), model.get_latent_representation())
     for name in ("offset", "log_theta", "depth"):
         assert torch.equal(getattr(again.module.likelihood, name), getattr(model.module.likelihood, name))
+
+
+def test_effects_are_looked_for_where_something_starts_at_them_alone(cells, monkeypatch):
+    class ByBatch(Poisson):
+        batchwise = ("offset",)  # one of a user, which starts where it likes
+
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("sccvae.model._base.batch_effects", never)
+    monkeypatch.setitem(LIKELIHOODS, "ByBatch", ByBatch)
+    CVAE.setup_anndata(cells, batch_key="batch")
+    for likelihood in (NegativeBinomial(dispersion="gene-batch"), ByBatch()):
+        CVAE(cells, n_latent=2, n_hidden=4, likelihood=likelihood)
+    with pytest.raises(AssertionError):
+        CVAE(cells, n_latent=2, n_hidden=4)
 
 
 def test_cells_are_drawn_from_the_mixture(cells):

@@ -278,7 +278,7 @@ def test_training_goes_on_from_a_checkpoint(folder, capsys):
         (["embed", "cells.h5ad", "o.h5ad", "--model-dir", "m", "--batch-key", "b", "--categorical-covariate", "d",
           "--seed", "0"], "--batch-key, --categorical-covariate, --seed: the model in --model-dir"),
         (["correct", "cells.h5ad", "o.h5ad"], "--batch-key is needed"),
-        (["map", "cells.h5ad", "o.h5ad"], "--model-dir is needed"),
+        (["map", "cells.h5ad", "o.h5ad"], "are required: --model-dir"),
         (["correct", "cells.h5ad", "o.h5ad", "--model", "vae"], "invalid choice: 'vae'"),
         (["correct", "cells.h5ad", "o.h5ad", "--library-size", "none"], "neither a number above 0 nor 'latent'"),
     ],

@@ -142,7 +142,7 @@ def test_one_gene_as_a_string_and_a_progress_bar(capfd):
         model.get_normalized_expression(gene_list="CD3D")
     assert not capfd.readouterr().err
     model.get_normalized_expression(silent=False)
-    assert "48/48" in capfd.readouterr().err
+    assert "48.0/48.0" in capfd.readouterr().err
 
 
 def test_n_samples_average_over_the_posterior():

@@ -364,7 +364,7 @@ def test_check_tells_a_fitting_likelihood_from_another():
 # The whole job
 
 
-def test_tool():
+def test_tool(monkeypatch):
     adata = toy_counts()
     train = {"max_epochs": 2, "batch_size": 16, "accelerator": "cpu", "progress_bar": False}
     options = {"n_latent": 2, "model_options": {"n_hidden": 8}, "train_options": train}
@@ -386,6 +386,9 @@ def test_tool():
         tl.counterfactual(adata, {"treated": 5}, **options)
     with pytest.raises(ValueError, match="model='vae' cannot be asked what if"):
         tl.counterfactual(adata, {"treated": 1}, "vae")
+    monkeypatch.setattr("sccvae.data.out.free_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"of memory, 0\.00 GB are free.*take fewer cells"):
+        tl.counterfactual(adata, {"treated": 1}, **options)
     assert not adata.layers
 
 

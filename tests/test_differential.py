@@ -249,6 +249,14 @@ def test_cells_without_a_group_are_left_out():
     pd.testing.assert_frame_equal(two.iloc[:, :-3], wanted.iloc[:, :-3])
 
 
+def test_values_that_are_mostly_zero_need_no_pseudocount():
+    cells = toy_for("bernoulli")
+    cells.X[: len(cells) * 2 // 3] = 0  # the median sum of a cell is zero
+    table = make(VAE, cells, setup={}, likelihood="bernoulli").differential_expression(idx1=slice(30, None), **QUIET)
+    assert (table["pseudocounts"] == 0).all()
+    assert np.isfinite(table["lfc_mean"]).all()
+
+
 def test_other_likelihoods_give_differences_of_means():
     model = trained("cvae-normal")
     table = model.differential_expression(groupby="donor", group1="d1", group2="d2", n_samples_overall=4000, **QUIET)

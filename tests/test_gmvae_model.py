@@ -388,7 +388,7 @@ def test_guides_that_cannot_be_used_raise():
     adata = make_cells(6)
     model = make(adata, train=False, n_components=3)
     for guide, error, message in [
-        ("kind", KeyError, "guide='kind': there is no such column; adata.obs has"),
+        ("kind", KeyError, "guide='kind': there is no adata.obs"),
         (["a", "b"], ValueError, "guide has 2 values, adata 60 cells"),
         (np.full(60, np.nan), ValueError, "guide has no value at all"),
         ("class", ValueError, "guide has 5 clusters, n_components=3; make it at least that"),

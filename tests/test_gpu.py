@@ -249,3 +249,10 @@ def test_thin_products(m, k):
         torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-4, atol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
         assert thin_linear(*there).dtype == torch.bfloat16
+
+
+def test_what_is_seeded_leaves_the_random_state_of_the_gpu():
+    before = torch.cuda.get_rng_state()
+    with fit.seeded(3):
+        torch.randn(2, device="cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -206,10 +206,11 @@ def test_clustering_ends_when_labels_are_stable(tolerance, epochs, monkeypatch):
     made = []
 
     def make(*args):
-        made.append(TargetDistribution(*args, tolerance))
+        made.append(TargetDistribution(*args))
         return made[-1]
 
     monkeypatch.setattr("sccvae.train.deep_clustering.TargetDistribution", make)
+    monkeypatch.setattr("sccvae.train.deep_clustering.TOLERANCE", tolerance)
     plate = a_plate(STORE_G)
     result = fit_few(plate, max_epochs=10, early_stopping=False)
     assert result.history["phase"]["phase"].tolist() == [0.0] * 10 + [1.0] * epochs

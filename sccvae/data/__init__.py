@@ -6,7 +6,7 @@ from sccvae.data.checks import check_setup
 from sccvae.data.confounding import confounding
 from sccvae.data.fields import Schema, anndata_fields
 from sccvae.data.lazy import open_anndata
-from sccvae.data.masked import MaskedStore, measured, read_measured
+from sccvae.data.masked import MaskedStore, measured
 from sccvae.data.moments import batch_moments, zero_share
 from sccvae.data.ondisk import DiskMatrix, free_memory, gigabytes
 from sccvae.data.read import Cells, check_support, read_cells
@@ -36,7 +36,6 @@ __all__ = [
     "measured",
     "open_anndata",
     "read_cells",
-    "read_measured",
     "resident",
     "row_numbers",
     "shuffled_loader",

@@ -82,6 +82,28 @@ def check_once(adata: AnnData, key: str) -> None:
         raise ValueError(msg)
 
 
+def obs_column(adata: AnnData, key: str, argument: str = "") -> pd.Series:
+    """A column of ``obs``, named by a user's ``argument``; an error if it is not there, or twice."""
+    if key not in adata.obs:
+        what = f"{argument}={key!r}: there" if argument else "There"
+        msg = f"{what} is no adata.obs[{key!r}]; the columns are {list(adata.obs.columns)}."
+        raise KeyError(msg)
+    check_once(adata, key)
+    return adata.obs[key]
+
+
+def check_filled(column: pd.Series, cells: str = "cells", instead: str = "unknown") -> None:
+    """Refuse a column of ``obs`` with missing values, for these ``cells``; what could stand there ``instead``."""
+    missing = int(column.isna().sum())
+    if missing:
+        at = f"adata.obs[{column.name!r}]"
+        msg = (
+            f"{at} is missing (NaN) for {missing} of {len(column)} {cells}. Give them a category of their own "
+            f"(`{at} = {at}.astype(object).fillna({instead!r})`) or leave these cells out."
+        )
+        raise ValueError(msg)
+
+
 def check_plain(column: pd.Series) -> None:
     """Refuse categories that cannot be saved with a model, as the intervals of ``pd.cut``, or not be sorted.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from sccvae.data.categories import check_once, check_plain, is_label
+from sccvae.data.categories import check_filled, check_plain, is_label, obs_column
 from sccvae.data.confounding import confounding
 
 #: Genes for each cell above which networks lose types, and genes that are few enough whatever the cells. Of 1,000
@@ -27,6 +27,20 @@ NO_NUMBERS = {
     "m": ("durations", "{at}.dt.total_seconds()"),
     "c": ("complex numbers", "{at}.map(abs)"),
 }
+
+
+def check_anndata(adata: Any) -> None:
+    """Refuse what is no AnnData."""
+    if not isinstance(adata, AnnData):
+        msg = f"adata must be an AnnData object, not {type(adata).__name__}."
+        raise TypeError(msg)
+
+
+def check_no_view(adata: AnnData, otherwise: str = "") -> None:
+    """Refuse a view, which nothing can be written to; what could be done ``otherwise``."""
+    if adata.is_view:
+        msg = f"adata is a view of another AnnData; run `adata = adata.copy()` first{otherwise}."
+        raise ValueError(msg)
 
 
 def check_setup(
@@ -72,47 +86,16 @@ def check_setup(
         many genes for so few cells. If a class is called as if it were none ("Unknown"), and if a covariate varies too
         little for its size.
     """
-    if not isinstance(adata, AnnData):
-        msg = f"adata must be an AnnData object, not {type(adata).__name__}."
-        raise TypeError(msg)
-    if adata.is_view:
-        msg = (
-            "adata is a view of another AnnData; run `adata = adata.copy()` first, so that the setup has a place "
-            "to stay."
-        )
-        raise ValueError(msg)
-    if 0 in adata.shape:
-        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to model."
-        raise ValueError(msg)
-    if not adata.var_names.is_unique:
-        twice = adata.var_names[adata.var_names.duplicated()][0]
-        msg = f"adata.var_names are not unique ({twice!r} stands twice); run `adata.var_names_make_unique()` first."
-        raise ValueError(msg)
-    if layer is not None and layer not in adata.layers:
-        msg = f"There is no adata.layers[{layer!r}]; the layers are {sorted(adata.layers)}. Use layer=None for adata.X."
-        raise KeyError(msg)
-    if layer is None and adata.X is None:
-        msg = f"adata.X is None; pass layer= with one of {sorted(adata.layers)}."
-        raise ValueError(msg)
-    for name, keys in [
-        ("categorical_covariate_keys", categorical_covariate_keys),
-        ("continuous_covariate_keys", continuous_covariate_keys),
-    ]:
-        if isinstance(keys, str):
-            msg = f"{name} must be a list; write {name}=[{keys!r}]."
-            raise TypeError(msg)
-    for name, key in [("batch_key", batch_key), ("labels_key", labels_key), ("size_factor_key", size_factor_key)]:
-        if np.ndim(key):
-            more = " Further conditions go into categorical_covariate_keys." if name == "batch_key" else ""
-            msg = f"{name}={key!r} must be the name of one column, as {name}={next(iter(key), 'batch')!r}.{more}"
-            raise TypeError(msg)
+    check_anndata(adata)
+    check_no_view(adata)
+    _check_values(adata, layer)
+    several = {"categorical_covariate_keys": categorical_covariate_keys}
+    several |= {"continuous_covariate_keys": continuous_covariate_keys}
+    _check_names({"batch_key": batch_key, "labels_key": labels_key, "size_factor_key": size_factor_key}, several)
     categorical = [batch_key, *(categorical_covariate_keys or ())]
     numerical = [size_factor_key, *(continuous_covariate_keys or ())]
     for key in filter(None, [*categorical, labels_key, *numerical]):
-        if key not in adata.obs:
-            msg = f"There is no adata.obs[{key!r}]; the columns are {list(adata.obs.columns)}."
-            raise KeyError(msg)
-        check_once(adata, key)
+        obs_column(adata, key)
     both = sorted({*filter(None, categorical)} & {*filter(None, numerical)})
     if both:
         msg = (
@@ -121,29 +104,10 @@ def check_setup(
         )
         raise ValueError(msg)
     for key in filter(None, categorical):
-        missing = int(adata.obs[key].isna().sum())
-        if missing:
-            msg = (
-                f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} cells. Give them a "
-                "category of their "
-                f"own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('unknown')`) or leave "
-                "these cells out."
-            )
-            raise ValueError(msg)
+        check_filled(adata.obs[key])
         check_plain(adata.obs[key])
-    if unlabeled_category is not None and labels_key is None:
-        msg = f"unlabeled_category={unlabeled_category!r} needs labels_key, the obs column that it stands in."
-        raise ValueError(msg)
+    _check_labels(adata, labels_key, unlabeled_category)
     if labels_key is not None:
-        labels = is_label(adata.obs[labels_key], unlabeled_category)
-        check_plain(adata.obs[labels_key].where(labels))
-        if not labels.any():
-            n = adata.obs[labels_key].count()
-            msg = (
-                f"adata.obs[{labels_key!r}] has no label at all: {n} of {adata.n_obs} cells are "
-                f"{unlabeled_category!r}, the others NaN. Leave labels_key out."
-            )
-            raise ValueError(msg)
         _warn_of_no_labels(adata.obs[labels_key], unlabeled_category)
     for key in filter(None, numerical):
         values = numeric_column(adata.obs[key], positive=key == size_factor_key)
@@ -158,6 +122,53 @@ def check_setup(
         )
         warnings.warn(msg, UserWarning, stacklevel=3)
     _warn_of_confounding(adata, batch_key, labels_key, categorical_covariate_keys, unlabeled_category)
+
+
+def _check_values(adata: AnnData, layer: str | None) -> None:
+    """Refuse an AnnData without values, or with two genes of a name."""
+    if 0 in adata.shape:
+        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to model."
+        raise ValueError(msg)
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()][0]
+        msg = f"adata.var_names are not unique ({twice!r} stands twice); run `adata.var_names_make_unique()` first."
+        raise ValueError(msg)
+    if layer is not None and layer not in adata.layers:
+        msg = f"There is no adata.layers[{layer!r}]; the layers are {sorted(adata.layers)}. Use layer=None for adata.X."
+        raise KeyError(msg)
+    if layer is None and adata.X is None:
+        msg = f"adata.X is None; pass layer= with one of {sorted(adata.layers)}."
+        raise ValueError(msg)
+
+
+def _check_names(single: dict[str, str | None], several: dict[str, Sequence[str] | None]) -> None:
+    """Refuse several columns where an argument names one, and one where it names several."""
+    for name, keys in several.items():
+        if isinstance(keys, str):
+            msg = f"{name} must be a list; write {name}=[{keys!r}]."
+            raise TypeError(msg)
+    for name, key in single.items():
+        if np.ndim(key):
+            more = " Further conditions go into categorical_covariate_keys." if name == "batch_key" else ""
+            msg = f"{name}={key!r} must be the name of one column, as {name}={next(iter(key), 'batch')!r}.{more}"
+            raise TypeError(msg)
+
+
+def _check_labels(adata: AnnData, labels_key: str | None, unlabeled_category: str | None) -> None:
+    """Refuse labels that are none, or could not be saved."""
+    if unlabeled_category is not None and labels_key is None:
+        msg = f"unlabeled_category={unlabeled_category!r} needs labels_key, the obs column that it stands in."
+        raise ValueError(msg)
+    if labels_key is not None:
+        labels = is_label(adata.obs[labels_key], unlabeled_category)
+        check_plain(adata.obs[labels_key].where(labels))
+        if not labels.any():
+            n = adata.obs[labels_key].count()
+            msg = (
+                f"adata.obs[{labels_key!r}] has no label at all: {n} of {adata.n_obs} cells are "
+                f"{unlabeled_category!r}, the others NaN. Leave labels_key out."
+            )
+            raise ValueError(msg)
 
 
 def _warn_of_confounding(

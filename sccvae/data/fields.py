@@ -15,7 +15,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import fields
 
-from sccvae.data.categories import is_label, match
+from sccvae.data.categories import is_label, match, obs_column
 
 #: Cells of a category below which scvi-tools warns.
 FEW_CELLS = 3
@@ -140,9 +140,7 @@ class LabelsField(fields.BaseAnnDataField):
 
     def validate_field(self, adata: AnnData) -> None:
         """Check that the column is there; :func:`check_setup` says more."""
-        if self.attr_key not in adata.obs:
-            msg = f"There is no adata.obs[{self.attr_key!r}]; the columns are {list(adata.obs.columns)}."
-            raise KeyError(msg)
+        obs_column(adata, self.attr_key)
 
     def register_field(self, adata: AnnData) -> dict:
         """Note the classes: the categories in their order, else the sorted values."""
@@ -233,6 +231,11 @@ class Schema:
             classes=np.asarray(state(REGISTRY_KEYS.LABELS_KEY).get("categorical_mapping", np.array([], dtype=object))),
             unlabeled_category=args.get("unlabeled_category"),
         )
+
+    @property
+    def where(self) -> str:
+        """Where the values lie, for messages."""
+        return "adata.X" if self.layer is None else f"adata.layers[{self.layer!r}]"
 
     @property
     def n_categories(self) -> tuple[int, ...]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
-
 import numpy as np
 import pandas as pd
 import torch
@@ -13,8 +10,7 @@ from torch import Tensor
 
 from sccvae._rows import dense
 from sccvae.data.fields import Schema
-from sccvae.data.ondisk import DiskMatrix
-from sccvae.data.read import Cells, read_cells
+from sccvae.data.read import Cells
 from sccvae.data.store import CellStore
 
 
@@ -33,34 +29,6 @@ def measured(adata: AnnData, schema: Schema) -> np.ndarray:
     (G,) bool, in the order of the model.
     """
     return pd.Index(schema.var_names.astype(str)).isin(adata.var_names.astype(str))  # np.isin takes half a second
-
-
-def read_measured(
-    adata: AnnData,
-    schema: Schema,
-    present: np.ndarray,
-    data: Literal["auto", "disk", "memory"] = "memory",
-    known: DiskMatrix | None = None,
-) -> Cells:
-    """Read cells with the measured genes alone.
-
-    Parameters
-    ----------
-    adata, schema, data, known
-        As for :func:`read_cells`.
-    present
-        Which genes are measured, (G,) bool.
-
-    Returns
-    -------
-    Cells whose x is (n, present.sum()).
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        As for :func:`read_cells`.
-    """
-    return read_cells(adata, replace(schema, var_names=schema.var_names[present]), data, known)
 
 
 class MaskedStore(CellStore):

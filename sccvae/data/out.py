@@ -39,7 +39,10 @@ def check_room(adata: AnnData, keys: Sequence[str], out: Path | None, dtype: Any
     text = f"layers[{name}] of {adata.n_obs:,} cells x {adata.n_vars:,} genes takes {gigabytes(size)}"
     if out is None:
         if size > free_memory():
-            msg = f"{text} of memory, {gigabytes(free_memory())} are free. Write it to disk: out='{key}.zarr'."
+            msg = (
+                f"{text} of memory, {gigabytes(free_memory())} are free. Write it to disk (`correct` with "
+                f"out='{key}.zarr', `predict_counterfactual` with an array on disk as out=), or take fewer cells."
+            )
             raise ValueError(msg)
         logger.info("%s of memory.", text)
         return

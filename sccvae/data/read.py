@@ -93,7 +93,7 @@ def read_cells(
     if schema.layer is not None and schema.layer not in adata.layers:
         msg = f"The model was set up with layers[{schema.layer!r}], which this AnnData lacks: {sorted(adata.layers)}."
         raise KeyError(msg)
-    where = "adata.X" if schema.layer is None else f"adata.layers[{schema.layer!r}]"
+    where = schema.where
     stored = adata.X if schema.layer is None else adata.layers[schema.layer]
     columns = gene_columns(adata.var_names, schema.var_names)
     if stays_on_disk(stored, data, where):
@@ -160,7 +160,7 @@ def check_support(cells: Cells, support: str, where: str) -> None:
                 "information, and "
                 "their library size is taken as 1. `scanpy.pp.filter_cells(adata, min_counts=1)` removes them."
             )
-            warnings.warn(msg, UserWarning, stacklevel=4)
+            warnings.warn(msg, UserWarning, stacklevel=5)
             cells.library[empty] = 1
     elif support == "unit" and (found.smallest < 0 or found.largest > 1):
         msg = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import entr
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -94,7 +95,7 @@ def batch_mixing(z: ArrayLike, batch: ArrayLike, n_neighbors: int = 30) -> float
         msg = f"All {len(z)} cells are of one batch, {names[0]}: mixing needs two batches or more."
         raise ValueError(msg)
     votes = _votes(codes[_neighbors(z, n_neighbors, least=2)], len(names))  # (n, n_batches)
-    observed = _plogp(votes / n_neighbors).sum(axis=1).mean()
+    observed = entr(votes / n_neighbors).sum(axis=1).mean()
     return float(observed / _expected_entropy(np.bincount(codes), n_neighbors))
 
 
@@ -152,13 +153,13 @@ def _embedding(z: ArrayLike, name: str) -> np.ndarray:
 
 def _codes(labels: ArrayLike, n: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted distinct labels, and for each point the place of its label among them."""
+    import pandas as pd
+
     labels = np.asarray(labels)
     if labels.shape != (n,):
         msg = f"{name} must have one entry for each of the {n} points; its shape is {labels.shape}."
         raise ValueError(msg)
-    # NaN differs from itself, and pandas.NA answers neither yes nor no; whole numbers and text have nothing missing
-    some = [] if labels.dtype.kind in "biuSU" else labels.tolist()
-    missing = sum(label is None or str(label == label) != "True" for label in some)
+    missing = int(pd.isna(labels).sum())
     if missing:
         msg = f"{name} has {missing} missing entries: drop these points or name them."
         raise ValueError(msg)
@@ -187,11 +188,6 @@ def _majority(codes: np.ndarray, n_labels: int) -> np.ndarray:
     return _votes(codes, n_labels).argmax(axis=1)
 
 
-def _plogp(p: np.ndarray) -> np.ndarray:
-    """-p log p, elementwise, with its limit 0 at 0."""
-    return -p * np.log(np.where(p > 0, p, 1))
-
-
 def _expected_entropy(sizes: np.ndarray, k: int) -> float:
     """Average entropy of the batches of k cells drawn at random, without replacement, from batches of these sizes."""
     from scipy.stats import hypergeom
@@ -199,4 +195,4 @@ def _expected_entropy(sizes: np.ndarray, k: int) -> float:
     # Nothing to correct for the cell itself: averaged over all cells, k others are k of all cells.
     drawn = np.arange(k + 1)
     pmf = hypergeom.pmf(drawn, sizes.sum(), sizes[:, None], k)  # (n_batches, k + 1)
-    return float((pmf * _plogp(drawn / k)).sum())
+    return float((pmf * entr(drawn / k)).sum())

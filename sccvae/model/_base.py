@@ -20,6 +20,7 @@ from scvi.model.base import BaseModelClass
 
 from sccvae._names import check_names
 from sccvae.data import (
+    Cells,
     CellStore,
     ChunkLoader,
     DiskMatrix,
@@ -32,12 +33,14 @@ from sccvae.data import (
     row_numbers,
     zero_share,
 )
+from sccvae.data.checks import check_anndata
 from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._registry import RegistryMixin
 from sccvae.model._saving import SavingMixin
 from sccvae.model._training import TrainingMixin
 from sccvae.module import Batch, GenerativeModule, InputDropout
 from sccvae.train import batch_effects, default_sizes
+from sccvae.train.fit import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -209,26 +212,26 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
             msg = "This model was loaded without data; pass adata=."
             raise ValueError(msg)
         adata = self.adata if adata is None else adata
-        if not isinstance(adata, AnnData):
-            msg = f"adata must be an AnnData object, not {type(adata).__name__}."
-            raise TypeError(msg)
+        check_anndata(adata)
         return adata
 
     def _store(self, adata: AnnData | None, data: str = "disk") -> CellStore:
         """The cells of ``adata`` (None: of the set-up), checked against the likelihood; read now unless from disk."""
-        adata = self._given(adata)
+        return CellStore(self._cells(self._given(adata), self._read_schema, data))
+
+    def _cells(self, adata: AnnData, schema: Schema, data: str) -> Cells:
+        """What :meth:`_store` hands out, with the genes of ``schema``."""
         known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is adata else None
-        cells = read_cells(adata, self._read_schema, data, known)
+        cells = read_cells(adata, schema, data, known)
         if isinstance(cells.x, DiskMatrix):
             self._looked_at = weakref.ref(adata), cells.x
-        where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
-        check_support(cells, self.module.likelihood.support, where)
+        check_support(cells, self.module.likelihood.support, schema.where)
         if self.schema.size_factor_key is not None:
             # On first sight of the training cells: the unit that makes size factors library sizes in counts.
             if "library_unit" not in self.reference:
                 self.reference["library_unit"] = float(cells.survey.totals.sum() / cells.library.sum())
             cells.library = (cells.library * self.reference["library_unit"]).astype(np.float32)
-        return CellStore(cells)
+        return cells
 
     def _start_at_data(self, store: CellStore) -> None:
         """Note what generation needs, and start output heads and covariate scales at the training data."""
@@ -243,25 +246,25 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         }
         if "image_shape" in self.adata.uns:
             self.reference["image_shape"] = [int(n) for n in self.adata.uns["image_shape"]]
-        mean = cells.gene_means
-        if self.module.likelihood.support == "counts":
+        likelihood, mean = self.module.likelihood, cells.gene_means
+        if likelihood.support == "counts":
             if not mean.any():
-                where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
-                msg = f"{where} holds no counts at all; there is nothing to learn. Is it the right layer?"
+                msg = f"{self.schema.where} holds no counts at all; there is nothing to learn. Is it the right layer?"
                 raise ValueError(msg)
             mean = mean / mean.sum()
-        self.module.likelihood.initialise(torch.from_numpy(mean))
-        if hasattr(self.module.likelihood, "depth"):
-            self.module.likelihood.depth.fill_(float(np.median(cells.library)))
-        if isinstance(self.module.likelihood, NegativeBinomial):
-            own = "log_theta" in self.module.likelihood.batchwise
-            zeros = not isinstance(self.module.likelihood, ZINB)  # which explains them otherwise
+        likelihood.initialise(torch.from_numpy(mean))
+        if hasattr(likelihood, "depth"):
+            likelihood.depth.fill_(float(np.median(cells.library)))
+        if isinstance(likelihood, NegativeBinomial):
+            own = "log_theta" in likelihood.batchwise
+            zeros = not isinstance(likelihood, ZINB)  # which explains them otherwise
             theta = batch_moments(store, self.schema.n_categories[0] if own else None, zeros=zeros)[1]
-            self.module.likelihood.initialise_dispersion(torch.from_numpy(theta))
-        if self.module.likelihood.batchwise:
-            n_batch = self.schema.n_categories[0]
-            effect, kinds = batch_effects(store, n_batch, with_kinds=self._aligns_kinds)
-            self.module.likelihood.initialise_batches(torch.from_numpy(effect))
+            likelihood.initialise_dispersion(torch.from_numpy(theta))
+        offset = "offset" in likelihood.batchwise and hasattr(likelihood, "initialise_batches")
+        if offset or self._aligns_kinds:
+            effect, kinds = batch_effects(store, self.schema.n_categories[0], with_kinds=self._aligns_kinds)
+            if offset:
+                likelihood.initialise_batches(torch.from_numpy(effect))
             if self._aligns_kinds:
                 self.module.kinds = kinds
         if self.settings.get("input_dropout", 0.0) is None:
@@ -281,6 +284,15 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         """Whether training compares batches kind by kind: kinds are told from counts at the median depth."""
         settings = self.module.likelihood.settings
         return hasattr(self.module, "kinds") and self.module.has_late_penalty and settings.get("depth_free", False)
+
+    def _check_draws(self, asked: str) -> None:
+        """Refuse what was ``asked`` for, which needs draws of z, of an encoder that gives none."""
+        if any(factor.kind == "delta" for factor in self.module.factors.inference):
+            msg = (
+                f"{asked}: {type(self).__name__} has a deterministic encoder: there are no draws of z to give. Leave "
+                "it out, or use a VAE."
+            )
+            raise ValueError(msg)
 
     def _rows(self, adata: AnnData | None, indices: Sequence[int] | slice | None) -> np.ndarray:
         return row_numbers(indices, self._given(adata).n_obs)
@@ -331,16 +343,8 @@ def inference_batch(n_features: int) -> int:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside, and leave torch's global random state as it was."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def evaluating(seed: int) -> Iterator[None]:
-    """:func:`seeded`, without gradients."""
+    """Draw from ``seed`` inside, without gradients; torch's global random state is left as it was."""
     with seeded(seed), torch.inference_mode():
         yield
 

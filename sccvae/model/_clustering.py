@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy.special import entr
 
 from sccvae.model._base import evaluating
 from sccvae.nn import check_sizes
@@ -112,12 +113,12 @@ class ClusteringMixin:
         From 1 to K.
         """
         share = self.predict_proba(adata, indices).mean(0, dtype=np.float64)
-        return float(np.exp(-(share * np.log(np.maximum(share, 1e-300))).sum()))
+        return float(np.exp(entr(share).sum()))
 
 
 def entropy(q: np.ndarray) -> np.ndarray:
     """Entropy in nats, (n,), of probabilities (n, K)."""
-    return -(q * np.log(np.maximum(q, 1e-12))).sum(1)
+    return entr(q).sum(1)
 
 
 class MixtureMixin(ClusteringMixin):
@@ -189,7 +190,7 @@ class MixtureMixin(ClusteringMixin):
         if n_clusters is not None and not 1 <= n_clusters <= k:
             msg = f"n_clusters={n_clusters} must be between 1 and the number of components, {k}."
             raise ValueError(msg)
-        check_sizes(**({} if n_clusters is None else {"n_clusters": n_clusters}))
+        check_sizes(n_clusters=1 if n_clusters is None else n_clusters)
         levels = range(1, k + 1) if n_clusters is None else [n_clusters]
         mean, variance = (frame.to_numpy(dtype=np.float64) for frame in self.get_components())
         if k == 1:

@@ -12,6 +12,7 @@ import pandas as pd
 from anndata import AnnData
 
 from sccvae.data import match, row_numbers
+from sccvae.data.categories import obs_column
 
 #: Cells of a group below which their spread cannot be told.
 FEW = 10
@@ -81,10 +82,7 @@ def warn_of_parted_batches(found: list[Comparison], batch: np.ndarray, key: str)
 
 def _by_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list[Comparison]:
     """One comparison for each group of ``group1``."""
-    if groupby not in adata.obs:
-        msg = f"There is no adata.obs[{groupby!r}]; the columns are {list(adata.obs.columns)}."
-        raise KeyError(msg)
-    column = adata.obs[groupby]
+    column = obs_column(adata, groupby, "groupby")
     known = pd.Series(sorted(column.dropna().unique(), key=str), dtype=object)
     names = known.astype(str)
     known, names = known[~names.duplicated()].to_numpy(), names.drop_duplicates().tolist()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from sccvae.data.checks import check_no_view
 from sccvae.data.out import InSparse, check_room, new_layers
 from sccvae.model._base import inference_batch
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change, DecodingMixin, check_library_size
@@ -184,19 +185,14 @@ class CorrectionMixin(DecodingMixin):
         """
         to = self._given(adata)
         out = None if out is None else Path(out)
-        if to.is_view and out is None:
-            msg = "adata is a view of another AnnData; run `adata = adata.copy()` first."
-            raise ValueError(msg)
+        if out is None:
+            check_no_view(to)
         check_sizes(n_samples=n_samples)
-        if sd and any(factor.kind == "delta" for factor in self.module.factors.inference):
-            msg = (
-                f"sd=True: {type(self).__name__} has a deterministic encoder, so there are no draws of z that could "
-                "differ. Leave it out, or use a VAE."
-            )
-            raise ValueError(msg)
-        if sd and n_samples < 2:
-            msg = f"sd=True needs at least two draws: pass n_samples=25, not {n_samples}."
-            raise ValueError(msg)
+        if sd:
+            self._check_draws("sd=True")
+            if n_samples < 2:
+                msg = f"sd=True needs at least two draws: pass n_samples=25, not {n_samples}."
+                raise ValueError(msg)
         batches = transform_batch
         key = self.schema.batch_key
         if isinstance(batches, str) and batches == "all" and key and "all" not in self.schema.categories[key]:

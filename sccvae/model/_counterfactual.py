@@ -11,6 +11,7 @@ import torch
 from anndata import AnnData
 
 from sccvae.data import match
+from sccvae.data.categories import obs_column
 from sccvae.model._decoding import Change, DecodingMixin
 
 
@@ -124,13 +125,11 @@ class PerturbationMixin(DecodingMixin):
         ValueError
             If the model has no data, a state has no cells, or no cell type has both.
         """
-        obs = self._given(None).obs
+        adata = self._given(None)
         groups = [self._in_state(condition_key, state) for state in (source, target)]
-        if cell_type_key is not None and cell_type_key not in obs:
-            msg = f"cell_type_key={cell_type_key!r}: there is no such column; adata.obs has {list(obs.columns)}."
-            raise KeyError(msg)
-        types = pd.Series("all", obs.index) if cell_type_key is None else obs[cell_type_key]
-        types = types.astype(object).to_numpy()
+        types = np.full(adata.n_obs, "all", dtype=object)
+        if cell_type_key is not None:
+            types = obs_column(adata, cell_type_key, "cell_type_key").astype(object).to_numpy()
         means = []
         for rows in groups:
             z = self.get_latent_representation(indices=rows, batch_size=batch_size)
@@ -147,16 +146,14 @@ class PerturbationMixin(DecodingMixin):
 
     def _in_state(self, key: str | None, state: Any) -> np.ndarray:
         """Rows of the training data whose condition is ``state``, (n,) int64."""
-        obs, key = self._given(None).obs, self.schema.batch_key if key is None else key
+        key = self.schema.batch_key if key is None else key
         if key is None:
             msg = "condition_key= is needed: the column of adata.obs with the two states. This model has no batch_key."
             raise ValueError(msg)
-        if key not in obs:
-            msg = f"condition_key={key!r}: there is no such column; adata.obs has {list(obs.columns)}."
-            raise KeyError(msg)
-        rows = np.flatnonzero(match(np.array([state], dtype=object), obs[key]) >= 0) if np.isscalar(state) else []
+        column = obs_column(self._given(None), key, "condition_key")
+        rows = np.flatnonzero(match(np.array([state], dtype=object), column) >= 0) if np.isscalar(state) else []
         if not len(rows):
-            known = sorted(obs[key].dropna().astype(str).unique())
+            known = sorted(column.dropna().astype(str).unique())
             msg = f"No cell of the training data has obs[{key!r}] == {state!r}; there are {known}."
             raise ValueError(msg)
         return rows

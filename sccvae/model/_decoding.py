@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from tqdm.auto import tqdm
 
 from sccvae.distributions import Observation
 from sccvae.model._base import evaluating
 from sccvae.module import Batch
 from sccvae.nn import check_sizes
+from sccvae.train.callbacks import progress
 
 #: Models whose decoder sees the conditions, for messages.
 DECODES_FROM_CONDITIONS = "a CVAE with any prior but 'learned' or a GMVAE with w_prior='fixed' (the defaults of both)"
@@ -119,9 +119,8 @@ class DecodingMixin:
         rows = self._rows(adata, indices)
         shape = (len(rows), len(genes))
         apart = n_samples > 1 and not return_mean
-        if (n_samples > 1 or draw) and any(factor.kind == "delta" for factor in self.module.factors.inference):
-            msg = f"{type(self).__name__} has a deterministic encoder: there are no draws of z to give."
-            raise ValueError(msg)
+        if n_samples > 1 or draw:
+            self._check_draws("n_samples_overall" if draw else f"n_samples={n_samples}")
         if apart and out is not None:
             msg = "return_mean=False gives (n_samples, cells, genes), which out= does not take: leave one of them out."
             raise ValueError(msg)
@@ -140,7 +139,7 @@ class DecodingMixin:
         once = plain and n_samples == len(changes) == 1 and columns is None and sd is None
         done = 0
         options = {"n_samples": None if n_samples == 1 and not draw else n_samples, "batch_size": batch_size}
-        with evaluating(seed), tqdm(total=len(rows), unit="cells", disable=silent) as bar:
+        with evaluating(seed), progress(total=len(rows), unit=" cells", disable=silent) as bar:
             for batch, observations in self._observations(adata, indices, changes, **options):
                 size = batch.library if library_size == "latent" else float(library_size)
                 # One sum, or one for each draw; the draws follow each other within a change.

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from tqdm.auto import tqdm
 
 from sccvae.data import DiskMatrix, measured
 from sccvae.model._base import evaluating
@@ -19,6 +18,7 @@ from sccvae.model._comparisons import Comparison, comparisons, warn_of_parted_ba
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change
 from sccvae.model._shrinkage import expected_fdr, posterior_draws
 from sccvae.nn import check_sizes
+from sccvae.train.callbacks import progress
 
 #: Counts in a cell of median library size below which a gene counts as not expressed (scvi-tools' threshold_counts).
 NOT_EXPRESSED = 0.01
@@ -200,9 +200,10 @@ class DifferentialMixin:
             raise ValueError(msg)
         given = self._given(adata)
         found = comparisons(given, groupby, group1, group2, idx1, idx2)
-        if pseudocounts is None:
+        if not counts:
+            pseudocounts = 0.0
+        elif pseudocounts is None:
             pseudocounts = NOT_EXPRESSED / self.reference["library_quantiles"][50]
-        pseudocounts = pseudocounts if counts else 0.0
         correct = corrects and batch_correction is not False
         present = measured(given, self.schema)
         sums, parts = self._sums(adata, found, correct, batch_size, silent, seed)
@@ -256,7 +257,7 @@ class DifferentialMixin:
             used, part = used[order], part[order]
         changes = [Change(codes={0: int(b)}) for b in np.unique(store.cells.codes[used, 0])] if correct else [Change()]
         sums, rng, done = Sums.zeros(len(parts), store.n_features), np.random.default_rng(seed), 0
-        with evaluating(seed), tqdm(total=len(used), desc="DE", unit="cell", disable=silent) as bar:
+        with evaluating(seed), progress(total=len(used), desc="DE", unit=" cells", disable=silent) as bar:
             for batch in self._batches(store, used, batch_size):
                 z = self.module.inference(batch)["z"].sample()
                 own = self.module.generative({"z": z}, batch).mean
@@ -333,8 +334,8 @@ def _surest_first(proba: np.ndarray, change: np.ndarray, mode: str, delta: float
     return np.lexsort((-beyond / np.maximum(change.std(0), 1e-12), -proba))
 
 
-def _log_odds(proba: np.ndarray, eps: float = 1e-8) -> np.ndarray:
-    return np.log(proba + eps) - np.log(1 - proba + eps)
+def _log_odds(proba: np.ndarray) -> np.ndarray:
+    return np.log(proba + 1e-8) - np.log(1 - proba + 1e-8)
 
 
 def _check_options(mode: str, delta: float, fdr_target: float, pseudocounts: float | None, n_samples: int) -> None:

@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from sccvae import module
 from sccvae.data import CellStore, match
+from sccvae.data.categories import obs_column
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
@@ -136,9 +137,10 @@ class GMVAE(
         Parameters
         ----------
         max_epochs
-            Epochs of the warm-up; None for about 6,000 optimiser steps. Each of the two rounds of the guide takes a
-            fifth of it, at most 6, the guided phase half, at most 15, the free one a tenth, at most 5; but rounds and
-            guided phase at least 200 optimiser steps, as far as the warm-up has so many epochs.
+            Epochs of the warm-up; None for about 6,000 optimiser steps. Each of the two rounds of the guide (none for
+            counts without labels, nor with your own guide) takes a fifth of it, at most 6, the guided phase half, at
+            most 15, the free one a tenth, at most 5; but rounds and guided phase at least 200 optimiser steps, as far
+            as the warm-up has so many epochs.
         guide
             Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
             none). Unlike ``labels_key``, they only start the clusters.
@@ -177,7 +179,7 @@ class GMVAE(
                 guide=guide,
                 choose_components=self._choose_components,
                 **options,
-            ).training
+            )
         finally:  # also when the training fails: weights and settings must belong together
             self.settings["n_components"] = self.module.n_components
 
@@ -190,10 +192,7 @@ class GMVAE(
         if guide is None:
             return None
         if isinstance(guide, str):
-            if guide not in self.adata.obs:
-                msg = f"guide={guide!r}: there is no such column; adata.obs has {list(self.adata.obs.columns)}."
-                raise KeyError(msg)
-            guide = self.adata.obs[guide]
+            guide = obs_column(self.adata, guide, "guide")
         values = pd.Series(np.asarray(guide, dtype=object))
         if len(values) != self.adata.n_obs:
             msg = f"guide has {len(values)} values, adata {self.adata.n_obs} cells."
@@ -240,23 +239,20 @@ class GMVAE(
         rng = np.random.default_rng([seed, 1])
         if component is None:
             shares = np.asarray(self.reference.get("component_shares") or np.ones(self.n_components))
-            self._drawn = rng.choice(self.n_components, n, p=shares / shares.sum())
+            drawn = rng.choice(self.n_components, n, p=shares / shares.sum())
         else:
             if str(component) not in self.component_names:
                 msg = f"component={component!r} is not one of {self.component_names}."
                 raise ValueError(msg)
-            self._drawn = np.full(n, self.component_names.index(str(component)))
-        try:
-            generated = super().sample(n, batch=batch, mean=mean, seed=seed)
-            name = "drawn_component" if "component" in generated.obs else "component"
-            generated.obs[name] = pd.Categorical.from_codes(self._drawn, categories=self.component_names)
-        finally:
-            del self._drawn
+            drawn = np.full(n, self.component_names.index(str(component)))
+        generated = self._sample(n, batch, mean=mean, seed=seed, components=drawn)
+        name = "drawn_component" if "component" in generated.obs else "component"
+        generated.obs[name] = pd.Categorical.from_codes(drawn, categories=self.component_names)
         return generated
 
-    def _prior_z(self, batch: Batch, rows: np.ndarray, *, center: bool) -> torch.Tensor:
+    def _prior_z(self, batch: Batch, rows: np.ndarray, *, components: np.ndarray) -> torch.Tensor:
         p_w = self.module.prior_w(batch)
-        w = p_w.loc if center else p_w.loc + p_w.scale * torch.randn(len(rows), self.module.n_w, device=batch.x.device)
+        w = p_w.loc + p_w.scale * torch.randn(len(rows), self.module.n_w, device=batch.x.device)
         p_z = self.module.components(w)
-        own = torch.arange(len(rows)), torch.from_numpy(self._drawn[rows])
-        return p_z.loc[own] if center else p_z.loc[own] + p_z.scale[own] * torch.randn_like(p_z.loc[own])
+        own = torch.arange(len(rows)), torch.from_numpy(components[rows])
+        return p_z.loc[own] + p_z.scale[own] * torch.randn_like(p_z.loc[own])

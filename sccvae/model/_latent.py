@@ -46,16 +46,13 @@ class LatentMixin:
         -------
         (n, n_latent) float32; with ``return_dist`` a pair of such arrays.
         """
+        if return_dist or not give_mean:
+            self._check_draws("return_dist=True" if return_dist else "give_mean=False")
         means, variances = [], []
         with evaluating(seed):
             for batch in self._stream(adata, indices, batch_size):
                 q = self.module.inference(batch)["z"]
                 if isinstance(q, torch.Tensor):
-                    if return_dist or not give_mean:
-                        msg = (
-                            f"{type(self).__name__} has a deterministic encoder: there is no distribution of z to give."
-                        )
-                        raise ValueError(msg)
                     means.append(q)
                 else:
                     means.append(q.loc if give_mean or return_dist else q.sample())

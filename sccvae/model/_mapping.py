@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Self
@@ -17,15 +17,7 @@ import torch
 from anndata import AnnData
 
 from sccvae._names import checks_names, with_known_names
-from sccvae.data import (
-    CellStore,
-    DiskMatrix,
-    MaskedStore,
-    batch_moments,
-    check_support,
-    measured,
-    read_measured,
-)
+from sccvae.data import CellStore, MaskedStore, batch_moments, measured
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
 from sccvae.model._query import genes_of, known_labels, labels_of, new_categories, report_text
@@ -279,15 +271,9 @@ class MappingMixin(TransferMixin):
         given = self._given(adata)
         if not self.is_query or (present := measured(given, self.schema)).all():
             return super()._store(adata, data)
-        known = self._looked_at[1] if self._looked_at and self._looked_at[0]() is given else None
-        cells = read_measured(given, self._read_schema, present, data, known)
-        if isinstance(cells.x, DiskMatrix):
-            self._looked_at = weakref.ref(given), cells.x
-        where = "adata.X" if self.schema.layer is None else f"adata.layers[{self.schema.layer!r}]"
-        check_support(cells, self.module.likelihood.support, where)
-        if self.schema.size_factor_key is not None:
-            cells.library = (cells.library * self.reference["library_unit"]).astype(np.float32)
-        elif self.module.likelihood.support == "counts":
+        schema = replace(self._read_schema, var_names=self.schema.var_names[present])
+        cells = self._cells(given, schema, data)
+        if self.schema.size_factor_key is None and self.module.likelihood.support == "counts":
             means = np.asarray(self.reference["gene_means"])
             cells.library = (cells.library * (means.sum() / means[present].sum())).astype(np.float32)
         likelihood = self.module.likelihood

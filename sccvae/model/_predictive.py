@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
-from tqdm.auto import tqdm
 
 from sccvae.data import measured
 from sccvae.model._base import evaluating
 from sccvae.model._decoding import Change
 from sccvae.model._parameters import ParametersMixin
 from sccvae.nn import check_sizes
+from sccvae.train.callbacks import progress
 
 #: What is compared, gene by gene.
 STATISTICS = ("mean", "variance", "zero_fraction")
@@ -140,7 +140,7 @@ class PredictiveMixin(ParametersMixin):
         replicated = _Moments(n_samples, n_genes)
         with (
             evaluating(seed),
-            tqdm(total=n, unit="cells", disable=not progress_bar, desc="posterior predictive") as bar,
+            progress(total=n, unit=" cells", disable=not progress_bar, desc="posterior predictive") as bar,
         ):
             stream = self._observations(adata, indices, [Change()], n_samples=n_samples, batch_size=batch_size)
             for batch, observations in stream:

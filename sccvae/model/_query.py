@@ -8,6 +8,7 @@ import numpy as np
 from anndata import AnnData
 
 from sccvae.data import Schema, check_once, is_label, match, measured
+from sccvae.data.categories import check_filled
 
 #: Least share of the reference's genes that a query must have.
 LEAST_GENES = 0.5
@@ -25,14 +26,7 @@ def new_categories(adata: AnnData, schema: Schema) -> dict[str, list[Any]]:
             raise KeyError(msg)
         check_once(adata, key)
         column = adata.obs[key]
-        missing = int(column.isna().sum())
-        if missing:
-            msg = (
-                f"adata.obs[{key!r}] is missing (NaN) for {missing} of {adata.n_obs} query cells. Give them a "
-                f"category of their own (`adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).fillna('query')`) "
-                "or leave these cells out."
-            )
-            raise ValueError(msg)
+        check_filled(column, "query cells", "query")
         new = column[match(known, column) < 0].unique()
         if known.dtype.kind in "iu":  # a column of whole numbers with a gap, once, is one of floats
             new = [int(v) if isinstance(v, float) and v.is_integer() else v for v in new]

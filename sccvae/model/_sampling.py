@@ -48,6 +48,10 @@ class SamplingMixin:
         TypeError
             If ``n`` is no whole number.
         """
+        return self._sample(n, batch, mean=mean, seed=seed)
+
+    def _sample(self, n: int, batch: Any | None, *, mean: bool, seed: int, **prior: Any) -> AnnData:
+        """:meth:`sample`, with ``prior`` for :meth:`_prior_z`."""
         check_sizes(n=n)
         rng = np.random.default_rng(seed)
         frequencies, codes = np.asarray(self.reference["frequencies"]), self._known_codes
@@ -63,12 +67,10 @@ class SamplingMixin:
         codes = codes[rng.choice(len(codes), n, p=frequencies)]
         quantiles = self.reference["library_quantiles"]
         library = np.interp(rng.uniform(0, 100, n), np.arange(101), quantiles).astype(np.float32).reshape(-1, 1)
-        return self._generate(codes, library, mean=mean, seed=seed)
+        return self._generate(codes, library, mean=mean, seed=seed, **prior)
 
-    def _generate(
-        self, codes: np.ndarray, library: np.ndarray, *, mean: bool, seed: int, center: bool = False
-    ) -> AnnData:
-        """Cells with these codes (n, n_keys) and library sizes (n, 1); ``center`` puts z at the mean of its prior."""
+    def _generate(self, codes: np.ndarray, library: np.ndarray, *, mean: bool, seed: int, **prior: Any) -> AnnData:
+        """Cells with these codes (n, n_keys) and library sizes (n, 1), z from :meth:`_prior_z`."""
         self._check_if_trained(warn=True)
         module, schema = self.module.eval(), self._read_schema
         parts, latents = [], []
@@ -77,7 +79,7 @@ class SamplingMixin:
             n_parts = -(-len(codes) // inference_batch(len(schema.var_names)))
             for rows in np.array_split(np.arange(len(codes)), max(1, n_parts)):
                 batch = self._empty_batch(codes[rows], library[rows])
-                z = self._prior_z(batch, rows, center=center)
+                z = self._prior_z(batch, rows, **prior)
                 p_x = module.generative({"z": z}, batch)
                 values = (p_x.mean if mean else p_x.sample()).cpu().numpy()
                 parts.append(sparse.csr_matrix(values) if counts else values)
@@ -102,7 +104,7 @@ class SamplingMixin:
             generated.uns["image_shape"] = list(self.reference["image_shape"])
         return generated
 
-    def _prior_z(self, batch: Batch, rows: np.ndarray, *, center: bool) -> torch.Tensor:
+    def _prior_z(self, batch: Batch, rows: np.ndarray, *, center: bool = False) -> torch.Tensor:
         """Draws of z from its prior, or its mean, (len(rows), d)."""
         p = self.module.prior(batch)["z"]
         shape = (len(rows), self.settings["n_latent"])

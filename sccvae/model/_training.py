@@ -13,7 +13,7 @@ from lightning import Callback
 from sccvae._names import with_known_names
 from sccvae.data import CellStore, split_indices
 from sccvae.train import TrainingResult, batch_effects, fit
-from sccvae.train.phases import drawn_with
+from sccvae.train.fit import seeded
 
 
 class TrainingMixin:
@@ -135,7 +135,7 @@ class TrainingMixin:
             self.train_indices, self.validation_indices, self.test_indices = before
             if weights is not None:
                 if n_components is not None and self.module.n_components != n_components:
-                    with drawn_with(seed):  # torch's global random state stays what it was
+                    with seeded(seed):  # torch's global random state stays what it was
                         self.module.set_components(n_components)
                     self.settings["n_components"] = n_components
                 self.module.load_state_dict(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
 from typing import Literal
 
@@ -51,8 +51,7 @@ class _RowNorm(nn.Module):
         return batch_norm(rows, mean, var, n.weight, n.bias, training, n.momentum, n.eps).reshape(h.shape)
 
 
-@contextmanager
-def frozen_statistics(net: nn.Module) -> Iterator[None]:
+def frozen_statistics(net: nn.Module) -> AbstractContextManager[None]:
     """Inside, every batch norm of ``net`` normalises with its running statistics, and leaves them as they are.
 
     Parameters
@@ -60,16 +59,14 @@ def frozen_statistics(net: nn.Module) -> Iterator[None]:
     net
         A network of :class:`MLP`.
 
-    Yields
-    ------
-    None.
+    Returns
+    -------
+    The context.
     """
-    with _norms_with(net, "frozen", True):
-        yield
+    return _norms_with(net, "frozen", True)
 
 
-@contextmanager
-def untracked_statistics(net: nn.Module) -> Iterator[None]:
+def untracked_statistics(net: nn.Module) -> AbstractContextManager[None]:
     """Inside, no batch norm of ``net`` takes note of what it sees: for inputs that are no data.
 
     Parameters
@@ -77,12 +74,11 @@ def untracked_statistics(net: nn.Module) -> Iterator[None]:
     net
         A network of :class:`MLP`.
 
-    Yields
-    ------
-    None.
+    Returns
+    -------
+    The context.
     """
-    with _norms_with(net, "tracked", False):
-        yield
+    return _norms_with(net, "tracked", False)
 
 
 @contextmanager

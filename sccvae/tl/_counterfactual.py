@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from anndata import AnnData
 
+from sccvae.data.out import check_room
 from sccvae.model import BaseModel
 from sccvae.model._correction import check_layer, layer_library_size
 from sccvae.model._decoding import check_condition
@@ -77,7 +78,7 @@ def counterfactual(
     ------
     TypeError, KeyError, ValueError
         As for :func:`embed` and ``model.predict_counterfactual``; and ValueError if ``library_size`` has no meaning, or
-        ``key_added`` is the layer of the input. All before the training.
+        ``key_added`` is the layer of the input, or there is no room in memory. All before the training.
 
     Examples
     --------
@@ -100,16 +101,10 @@ def counterfactual(
         layer_library_size(model, library_size)
         check_layer(to, model, key_added)
 
+    check_room(to, [key_added], None)
     fitted = trained_model(to, model, check=check, **options)
     size = layer_library_size(fitted, library_size)
-    values = fitted.predict_counterfactual(
-        to,
-        condition=condition,
-        gene_list=to.var_names,
-        library_size=1 if size is None else size,
-        return_numpy=True,
-    )
-    to.layers[key_added] = values
+    fitted._write_layers(to, [fitted._change(condition)], key_added, library_size=size)
     key, entry = write_embedding(to, fitted, None, train_options)
     to.uns[key_added] = entry | plain({"condition": condition, "library_size": size, "embedding": key})
     return to if copy else None

@@ -9,6 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from sccvae import metrics
+from sccvae.data.categories import check_filled, obs_column
 from sccvae.metrics._embedding import _embedding
 
 from ._job import target
@@ -83,23 +84,14 @@ def integration_report(
         msg = f"use_rep={use_rep!r} names no embedding to judge: give keys of adata.obsm; it has {sorted(to.obsm)}."
         raise ValueError(msg)
     for key in (batch_key, label_key):
-        if key not in to.obs:
-            msg = f"There is no adata.obs[{key!r}]; the columns are {list(to.obs.columns)}."
-            raise KeyError(msg)
+        obs_column(to, key)
     for key in (*keys, unintegrated):
         if key not in to.obsm:
             cure = " Run `scanpy.pp.pca(adata)` on log-normalised values first." if key == "X_pca" else ""
             msg = f"There is no adata.obsm[{key!r}]; it has {sorted(to.obsm)}.{cure}"
             raise KeyError(msg)
     known = to.obs[label_key].notna().to_numpy()
-    missing = int(to.obs.loc[known, batch_key].isna().sum())
-    if missing:
-        msg = (
-            f"adata.obs[{batch_key!r}] is missing (NaN) for {missing} of {known.sum()} cells with a type. Give them a "
-            f"batch of their own (`adata.obs[{batch_key!r}] = adata.obs[{batch_key!r}].astype(object).fillna("
-            "'unknown')`) or leave these cells out."
-        )
-        raise ValueError(msg)
+    check_filled(to.obs.loc[known, batch_key], "cells with a type")
     batch, labels = (to.obs.loc[known, key].astype(str).to_numpy() for key in (batch_key, label_key))
     for key in (*keys, unintegrated):  # here, where the key is known
         _embedding(to.obsm[key][known], f"adata.obsm[{key!r}] of the cells with a type")

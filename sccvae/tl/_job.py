@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 
 from sccvae import __version__
+from sccvae.data.checks import check_anndata, check_no_view
 from sccvae.model import AE, CVAE, GMVAE, VAE, BaseModel
 from sccvae.model._saving import CONDITIONS
 
@@ -42,9 +43,7 @@ def target(adata: AnnData, key: str | None, *, copy: bool) -> AnnData:
     ValueError
         If ``adata`` is a view and is to be written to, or a file could not hold the key.
     """
-    if not isinstance(adata, AnnData):
-        msg = f"adata must be an AnnData object, not {type(adata).__name__}."
-        raise TypeError(msg)
+    check_anndata(adata)
     if key is not None and not (isinstance(key, str) and key):  # anndata would take any, and fail later
         msg = f"key_added={key!r} must be a text, the key of the results, and not empty."
         raise TypeError(msg)
@@ -56,9 +55,7 @@ def target(adata: AnnData, key: str | None, *, copy: bool) -> AnnData:
         raise ValueError(msg)
     if copy:  # matrices may be on disk without `adata.isbacked`: those of sccvae.data.open_anndata are
         return adata.to_memory(copy=True)
-    if adata.is_view:
-        msg = "adata is a view of another AnnData; run `adata = adata.copy()` first, or pass copy=True."
-        raise ValueError(msg)
+    check_no_view(adata, ", or pass copy=True")
     return adata
 
 

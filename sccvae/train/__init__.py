@@ -4,14 +4,13 @@ from sccvae.train.callbacks import BestWeights, CellsBar, progress
 from sccvae.train.deep_clustering import TargetDistribution, fit_deep_clustering
 from sccvae.train.effects import batch_effects
 from sccvae.train.fit import TrainingResult, fit
-from sccvae.train.mixture import MixtureResult, fit_mixture
+from sccvae.train.mixture import fit_mixture
 from sccvae.train.plan import TrainingPlan
 from sccvae.train.schedules import Schedule, default_max_epochs, default_sizes
 
 __all__ = [
     "BestWeights",
     "CellsBar",
-    "MixtureResult",
     "Schedule",
     "TargetDistribution",
     "TrainingPlan",

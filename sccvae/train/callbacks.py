@@ -11,12 +11,10 @@ from torch import Tensor
 
 
 class BestWeights(Callback):
-    """Keeps the weights of the best epoch, and stops when none was better for a while.
+    """Keeps the weights of the epoch with the least ``elbo_validation``, and stops when none was better for a while.
 
     Parameters
     ----------
-    monitor
-        Logged name to make small.
     patience
         Epochs without a better one after which training stops; None never stops.
     warmup_steps
@@ -31,22 +29,16 @@ class BestWeights(Callback):
         A copy of the module's state at that epoch, on its device; None before the first validation.
     """
 
-    def __init__(self, monitor: str = "elbo_validation", patience: int | None = None, warmup_steps: int = 0) -> None:
-        self.monitor, self.patience, self.warmup_steps = monitor, patience, warmup_steps
+    def __init__(self, patience: int | None = None, warmup_steps: int = 0) -> None:
+        self.patience, self.warmup_steps = patience, warmup_steps
         self.best, self.epoch = float("inf"), -1
         self.weights: dict[str, Tensor] | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the epoch, copy the weights if it is the best, stop if patience is over."""
-        if self.monitor not in trainer.callback_metrics:
-            msg = (
-                f"Early stopping watches {self.monitor!r}, which is not logged; choose of "
-                f"{sorted(trainer.callback_metrics)}."
-            )
-            raise KeyError(msg)
         if pl_module.n_steps < self.warmup_steps:
             return
-        value, epoch = float(trainer.callback_metrics[self.monitor]), len(pl_module.rows)
+        value, epoch = float(trainer.callback_metrics["elbo_validation"]), len(pl_module.rows)
         if value < self.best:
             self.best, self.epoch = value, epoch
             self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}

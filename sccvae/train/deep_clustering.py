@@ -16,10 +16,10 @@ from sccvae.data import CellStore
 from sccvae.module import Batch
 from sccvae.module.idec import IDEC
 from sccvae.nn import check_sizes
-from sccvae.train.fit import TrainingResult
+from sccvae.train.fit import TrainingResult, seeded
 from sccvae.train.guide import MAX_CELLS, Communities, Guide, principal_components
 from sccvae.train.passes import over_cells, some_rows
-from sccvae.train.phases import Phases, at_stage, drawn_with
+from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def fit_deep_clustering(
     FloatingPointError
         As for :func:`sccvae.train.fit`.
     """
-    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
+    check_sizes(batch_size=batch_size, max_epochs=1 if max_epochs is None else max_epochs)
     if init not in ("leiden", "kmeans"):
         msg = f"init={init!r} is not known; choose 'leiden' or 'kmeans'."
         raise ValueError(msg)
@@ -97,12 +97,9 @@ def fit_deep_clustering(
     epochs = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else int(max_epochs)
     options |= {"batch_size": batch_size, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
-    try:
-        return _in_phases(phases, store, epochs, choose_components, init, kl_warmup, early_stopping)
-    except KeyboardInterrupt:  # between two phases: within one, it ends in order by itself
-        if not phases.frames:
-            raise
-        return phases.so_far()
+    return phases.in_order(
+        lambda: _in_phases(phases, store, epochs, choose_components, init, kl_warmup, early_stopping)
+    )
 
 
 def _in_phases(
@@ -117,12 +114,10 @@ def _in_phases(
     """:func:`fit_deep_clustering`, with the epochs of the pretraining."""
     module, train_rows, seed = phases.module, phases.train_rows, phases.seed
     if choose_components:  # a training before this one may have chosen
-        with drawn_with(seed):
+        with seeded(seed):
             module.set_components(1)
     with at_stage(module, "pretraining"):
-        result = phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
-    if result.interrupted:
-        return result
+        phases.run("pretraining", 0, store, epochs, kl_warmup=kl_warmup, early_stopping=early_stopping)
     rows = some_rows(train_rows, MAX_CELLS, seed)
     z = over_cells(module, store, rows, lambda batch: module.inference(batch)["z"])
     views = [z]
@@ -130,7 +125,7 @@ def _in_phases(
         views.append(principal_components(store.cells.x[rows], None))
     if choose_components:
         found = Communities.of(views, seed).separate()
-        with drawn_with(seed):
+        with seeded(seed):
             module.set_components(found.n_clusters)
     elif init == "kmeans":
         found = _k_means(z, module.n_components, seed)
@@ -153,8 +148,6 @@ class TargetDistribution(Callback):
         The cells.
     rows
         Those of the training, (n,) int64.
-    tolerance
-        Share of the cells that must change their cluster in an epoch for the training to go on.
 
     Attributes
     ----------
@@ -164,8 +157,8 @@ class TargetDistribution(Callback):
         For each epoch, the share of the cells that changed their cluster.
     """
 
-    def __init__(self, store: CellStore, rows: np.ndarray, tolerance: float = TOLERANCE) -> None:
-        self.store, self.rows, self.tolerance = store, rows, tolerance
+    def __init__(self, store: CellStore, rows: np.ndarray) -> None:
+        self.store, self.rows = store, rows
         self.labels: np.ndarray | None = None
         self.changed: list[float] = []
 
@@ -178,7 +171,7 @@ class TargetDistribution(Callback):
         before = self.labels
         self._update(pl_module.module)
         self.changed.append(float((self.labels != before).mean()))
-        trainer.should_stop |= self.changed[-1] < self.tolerance
+        trainer.should_stop |= self.changed[-1] < TOLERANCE
 
     def _update(self, module: IDEC) -> None:
         total = torch.zeros_like(module.frequencies, dtype=torch.float64)

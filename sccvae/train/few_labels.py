@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 #: How far labels spread (alpha of Zhou et al.; theirs is 0.99). With many labels small types drown in large ones beside
 #: them if it is far; held-back labels decide.
 SPREADS = (0.9, 0.99)
+#: Steps of the spread.
+STEPS = 50
 #: Parts in which labels are held back.
 FOLDS = 5
 
@@ -115,9 +117,7 @@ def named_after(clusters: np.ndarray, known: np.ndarray, n_classes: int) -> np.n
     return np.where(clusters >= 0, names[clusters], -1)
 
 
-def spread(
-    graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, *, alpha: float = SPREADS[0], steps: int = 50
-) -> np.ndarray:
+def spread(graph: sparse.csr_matrix, labels: np.ndarray, n_classes: int, *, alpha: float = SPREADS[0]) -> np.ndarray:
     """Spread known labels along a graph, as heat that the labelled cells hold.
 
     Parameters
@@ -130,8 +130,6 @@ def spread(
         Number of classes.
     alpha
         How far the labels spread, in (0, 1): the share that a cell takes from its neighbours.
-    steps
-        Steps of the spread.
 
     Returns
     -------
@@ -149,7 +147,7 @@ def spread(
     degree = np.sqrt(np.asarray(graph.sum(1)).ravel()) + 1e-12
     walk = sparse.diags(1 / degree) @ graph @ sparse.diags(1 / degree)
     heat = start.copy()
-    for _ in range(steps):
+    for _ in range(STEPS):
         heat = alpha * (walk @ heat) + (1 - alpha) * start
     heat *= np.divide(share, heat.sum(0), out=np.zeros(n_classes), where=heat.sum(0) > 0)
     heat[known] = start[known]

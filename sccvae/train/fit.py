@@ -155,7 +155,7 @@ def fit(
     FloatingPointError
         If the loss stops being finite; the module then has its best weights, or, before any validation, its first ones.
     """
-    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
+    check_sizes(batch_size=batch_size, max_epochs=1 if max_epochs is None else max_epochs)
     batch_size = int(batch_size)
     if len(train_rows) < 2:
         msg = f"Training needs at least 2 cells, there are {len(train_rows)} of {len(store)}; raise train_size."
@@ -191,47 +191,30 @@ def fit(
     if progress_bar:
         used.append(CellsBar(len(train_rows), max_epochs, description))
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         stack.enter_context(_quiet_lightning())
-        torch.manual_seed(seed)
+        stack.enter_context(seeded(seed))
         checkpoint = None
         if n_processes > 1 and checkpoint_dir is None:  # by this file forked processes give their weights back
             checkpoint_dir = stack.enter_context(TemporaryDirectory(prefix="sccvae-"))
         if checkpoint_dir is not None:
-            settings = {f"model's {name}": value for name, value in (settings or {}).items()}
-            settings |= {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
-            settings |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
-            settings |= {"n_train": len(train_rows), "n_validation": len(validation_rows)}
-            cells = store.cells  # by what is in memory of those on disk, too
-            settings |= {"library sizes": digest(cells.library), "conditions": digest(cells.codes, cells.covariates)}
-            settings |= {"model": type(module).__name__, "n_weights": sum(p.numel() for p in module.parameters())}
-            checkpoint = ResumableTraining(checkpoint_dir, settings, best)
+            facts = {f"model's {name}": value for name, value in (settings or {}).items()}
+            facts |= {"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+            facts |= {"kl_weight": kl_weight, "kl_warmup": kl_warmup, "patience": patience, "seed": seed}
+            facts |= {"n_train": len(train_rows), "n_validation": len(validation_rows)} | _facts(module, store)
+            checkpoint = ResumableTraining(checkpoint_dir, facts, best)
             if checkpoint.resume(plan):
                 logger.info("The training in %s had finished; its weights are loaded.", checkpoint_dir)
                 max_epochs = len(plan.rows)
             used.append(checkpoint)
-        # We log once an epoch, which is less than Lightning expects of the log; an empty loader it would warn about.
-        counted = {"log_every_n_steps": 1, "num_sanity_val_steps": 0}
-        counted["limit_val_batches"] = 1.0 if len(validation_rows) else 0.0
-        defaults = {"logger": False, "enable_model_summary": False}
-        # Lightning's own checkpoints pickle: who wants them sets this.
-        defaults["enable_checkpointing"] = checkpoint is not None
-        defaults["enable_progress_bar"] = any(isinstance(c, ProgressBar) for c in used)
         first = {k: v.clone() for k, v in module.state_dict().items()}
         trainer, interrupted = None, False
         try:
             if max_epochs > len(plan.rows):
                 train_loader.epoch = len(plan.rows)
-                trainer = Trainer(
-                    max_epochs=max_epochs - len(plan.rows),
-                    accelerator=accelerator,
-                    devices=devices,
-                    callbacks=used,
-                    **counted,
-                    **defaults | trainer_options,
-                )
-                module.train()
                 done = len(plan.rows)
+                options = {"accelerator": accelerator, "devices": devices, "callbacks": used} | trainer_options
+                trainer = _trainer(max_epochs - done, bool(len(validation_rows)), checkpoint is not None, **options)
+                module.train()
                 validation = ChunkLoader(store, validation_rows, batch_size, n_processes=n_processes)
                 with _on_gpu(plan, trainer, (train_loader, validation)) if cuda_graphs else nullcontext():
                     trainer.fit(plan, train_loader, validation)
@@ -263,6 +246,43 @@ def fit(
     table.index.name = "epoch"
     kept = best.epoch if restored else len(table) - 1
     return TrainingResult({name: table[[name]] for name in table}, interrupted, trainer, kept, late)
+
+
+def _facts(module: GenerativeModule, store: CellStore) -> dict[str, Any]:
+    """What a training that goes on must find again, of the model and of what is in memory of the cells."""
+    cells = store.cells
+    return {
+        "library sizes": digest(cells.library),
+        "conditions": digest(cells.codes, cells.covariates),
+        "model": type(module).__name__,
+        "n_weights": sum(p.numel() for p in module.parameters()),
+    }
+
+
+def _trainer(max_epochs: int, validates: bool, keeps: bool, **options: Any) -> Trainer:
+    """Lightning's trainer, for these epochs; whether there are cells to validate with, and checkpoints of ours."""
+    defaults = {
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": keeps,  # Lightning's own checkpoints pickle: who wants them sets this
+        "enable_progress_bar": any(isinstance(c, ProgressBar) for c in options["callbacks"]),
+    }
+    # We log once an epoch, which is less than Lightning expects of the log; an empty loader it would warn about.
+    return Trainer(
+        max_epochs=max_epochs,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validates else 0.0,
+        **defaults | options,
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws from ``seed``; its global random states, also those of GPUs, are left as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from lightning import Callback
 from sklearn.metrics import adjusted_rand_score
 
 from sccvae.data import CellStore
+from sccvae.module import Batch
 from sccvae.module.gmvae import GMVAE
 from sccvae.nn import check_sizes, frozen_statistics
 from sccvae.train.few_labels import FOLDS, classes_from_few, core, mean_recall
-from sccvae.train.fit import TrainingResult
+from sccvae.train.fit import TrainingResult, seeded
 from sccvae.train.guide import (
     MAX_CELLS,
     RESOLUTIONS,
@@ -29,7 +29,7 @@ from sccvae.train.guide import (
 )
 from sccvae.train.monitor import MixtureMonitor
 from sccvae.train.passes import over_cells, some_of_each, some_rows
-from sccvae.train.phases import Phases, at_stage, drawn_with
+from sccvae.train.phases import Phases, at_stage
 from sccvae.train.schedules import default_max_epochs
 
 logger = logging.getLogger(__name__)
@@ -70,22 +70,6 @@ MONITORED = 2_000
 LOST = 0.2
 
 
-@dataclass
-class MixtureResult:
-    """What the training of a mixture leaves besides the weights.
-
-    Attributes
-    ----------
-    training
-        History over all phases (``phase`` counts :data:`PHASES`), whether interrupted, the trainer.
-    guide
-        The guide of the training cells, (n_train,) int64, -1 for none; None if none was made.
-    """
-
-    training: TrainingResult
-    guide: np.ndarray | None
-
-
 def fit_mixture(
     module: GMVAE,
     store: CellStore,
@@ -101,7 +85,7 @@ def fit_mixture(
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
     **options: Any,
-) -> MixtureResult:
+) -> TrainingResult:
     """Train ``module`` in place through all phases.
 
     1. *Warm-up*: a VAE with p(z) = N(0, I), until its held-out ELBO no longer falls.
@@ -134,7 +118,7 @@ def fit_mixture(
 
     Returns
     -------
-    History and guide.
+    History over all phases (``phase`` counts :data:`PHASES`), whether it was interrupted, and the trainer.
 
     Raises
     ------
@@ -143,7 +127,7 @@ def fit_mixture(
     TypeError, FloatingPointError
         As for :func:`sccvae.train.fit`.
     """
-    check_sizes(batch_size=batch_size, **({} if max_epochs is None else {"max_epochs": max_epochs}))
+    check_sizes(batch_size=batch_size, max_epochs=1 if max_epochs is None else max_epochs)
     known = store.labels if store.labels is not None else np.full(len(store), -1)
     if guide is not None and (guide[train_rows] < 0).all():
         msg = (
@@ -154,152 +138,178 @@ def fit_mixture(
     warm = default_max_epochs(-(-len(train_rows) // batch_size)) if max_epochs is None else int(max_epochs)
     options |= {"batch_size": batch_size, "lr": lr, "checkpoint_dir": checkpoint_dir, "callbacks": callbacks}
     phases = Phases(module, train_rows, validation_rows, seed=seed, **options)
-    try:
-        return _in_phases(phases, store, known, warm, guide, choose_components, batch_size=batch_size, lr=lr, seed=seed)
-    except KeyboardInterrupt:  # between two phases: within one, it ends in order by itself
-        if not phases.frames:
-            raise
-        return MixtureResult(phases.so_far(), None)
+    training = _Training(phases, store, known, guide, warm, choose_components, batch_size=batch_size, lr=lr)
+    return phases.in_order(training.run)
 
 
-def _in_phases(
-    phases: Phases,
-    store: CellStore,
-    known: np.ndarray,
-    warm: int,
-    guide: np.ndarray | None,
-    choose_components: bool,
-    *,
-    batch_size: int,
-    lr: float,
-    seed: int,
-) -> MixtureResult:
-    """:func:`fit_mixture`, with labels (n,) of all cells, -1 for unknown, and the epochs of the warm-up."""
-    module, train_rows, cells = phases.module, phases.train_rows, store.cells
-    often = _more_often(train_rows, known, KNOWN_SHARE)
+class _Training:
+    """The phases of :func:`fit_mixture`. ``known`` and ``guide`` are labels of all cells, (n,) int64, -1 for none."""
 
-    def phase(
-        name: str, epochs: float, labels: np.ndarray | None, again: np.ndarray = often, **more: Any
-    ) -> TrainingResult:
-        monitor = MixtureMonitor(store, some_rows(train_rows, MONITORED, seed))
-        return phases.run(name, PHASES.index(name), CellStore(cells, labels), epochs, monitor, again, **more)
+    def __init__(
+        self,
+        phases: Phases,
+        store: CellStore,
+        known: np.ndarray,
+        guide: np.ndarray | None,
+        warm: int,
+        choose: bool,
+        *,
+        batch_size: int,
+        lr: float,
+    ) -> None:
+        self.phases, self.module, self.train_rows, self.seed = phases, phases.module, phases.train_rows, phases.seed
+        self.store, self.known, self.guide, self.choose = store, known, guide, choose
+        self.warm, self.batch_size, self.lr = warm, batch_size, lr
+        self.n_classes = int(known.max()) + 1  # also of those that no cell of the guide has
+        self.blind = guide is None and (known < 0).all()
+        self.counts = self.module.likelihood.support == "counts"
+        self.fixed = known.copy()  # what a guide does not change
+        if guide is not None:
+            self.fixed[self.train_rows] = np.where(known >= 0, known, guide)[self.train_rows]
+        self.least = min(warm, GUIDED_STEPS * batch_size / len(self.train_rows))
 
-    if choose_components:  # a training before this one may have chosen
-        with drawn_with(seed):
-            module.set_components(max(1, int(known.max()) + 1))
-    with at_stage(module, "warmup"):
-        last = phases.run("warm-up", PHASES.index("warm-up"), CellStore(cells, None), warm)
-    if last.interrupted:
-        return MixtureResult(last, None)
-    rows = _guide_rows(train_rows, known, seed)
-    fixed = known.copy()  # what the guide does not change
-    if guide is not None:
-        fixed[train_rows] = np.where(known[train_rows] >= 0, known[train_rows], guide[train_rows])
-    z = over_cells(module, store, rows, lambda b: module.inference(b)["z"].loc)
-    if module.learned_w:  # z holds the conditions there; clusters are looked for across them
-        z = _without_conditions(z, module, store, rows)
-    views, beside = [z], []
-    blind = guide is None and (known < 0).all()
-    counts = module.likelihood.support == "counts"
-    needed = blind or (guide is None and not module.conditions.width)
-    if needed and min(len(rows), store.n_features) > 3:
-        x, library = store.cells.x[rows], store.cells.library[rows] if counts else None
-        # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer err.
-        # With conditions, these part the batches, as neighbours; valleys are looked for there too.
-        (beside if module.conditions.width else views).append(principal_components(x, library, 30 if counts else 50))
-    if guide is None:
-        n_classes = int(known.max()) + 1  # also of those that no cell of these rows has
-        found = _guide(views, known[rows], n_classes, module, choose_components, seed, beside)
-    else:
-        found = Guide(guide[rows], int(guide.max()) + 1)
-    if choose_components:
-        if blind and found.n_clusters == 1:
+    def run(self) -> TrainingResult:
+        """All phases."""
+        self.choose_components(1)  # a training before this one may have chosen
+        with at_stage(self.module, "warmup"):
+            self.phases.run("warm-up", PHASES.index("warm-up"), CellStore(self.store.cells, None), self.warm)
+        self.rows = _guide_rows(self.train_rows, self.known, self.seed)
+        self.z = self.look(lambda b: self.module.inference(b)["z"].loc)
+        if self.module.learned_w:  # z holds the conditions there; clusters are looked for across them
+            self.z = _without(self.z, self.look(self.module.c))
+        found = self.first_guide()
+        if self.guide is None and self.labels_teach_more(found.recall):
+            return self.by_labels()
+        labels = _on_cells(self.guide_again(found), self.rows, self.fixed)
+        with seeded(self.seed):
+            self.module.reset_classifier()
+            self.place(labels)
+        self.phase("guided", max(self.least, min(GUIDED * self.warm, GUIDED_EPOCHS)), labels)
+        return self.free(labels)
+
+    def first_guide(self) -> Guide:
+        """The user's own guide, or one that is found; where the number of components is to be chosen, it says it."""
+        if self.guide is None:
+            views, beside = self.views()
+            known = self.known[self.rows]
+            found = _guide(views, known, self.n_classes, self.module, self.choose, self.seed, beside)
+        else:
+            found = Guide(self.guide[self.rows], int(self.guide.max()) + 1)
+        if self.choose and self.blind and found.n_clusters == 1:
             logger.warning("All cells are one cluster: no valley parts them. To part them anyway, give n_components.")
-        with drawn_with(seed):
-            module.set_components(max(found.n_clusters, int(known.max()) + 1))
-    least = min(warm, GUIDED_STEPS * batch_size / len(train_rows))
-    guided = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False}
+        self.choose_components(found.n_clusters)
+        return found
 
-    def classifier(labels: np.ndarray, epochs: float) -> TrainingResult:
-        """Let q(y|.) alone learn a guide."""
-        with drawn_with(seed):
-            module.reset_classifier()
-        with at_stage(module, "classifier"):
-            return phase("guide", max(least, epochs), labels, **guided)
+    def views(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Coordinates that cells are neighbours in, and those where valleys alone are looked for."""
+        views, beside = [self.z], []
+        parts = self.module.conditions.width > 0
+        if (self.blind or not parts) and min(len(self.rows), self.store.n_features) > 3:
+            x, library = self.store.cells.x[self.rows], self.store.cells.library[self.rows] if self.counts else None
+            # Neighbours in z err where the encoder does, those in the principal components elsewhere: together fewer
+            # err. With conditions, these part the batches, as neighbours; valleys are looked for there too.
+            (beside if parts else views).append(principal_components(x, library, 30 if self.counts else 50))
+        return views, beside
 
-    def by_labels(labels: np.ndarray, epochs: float) -> TrainingResult:
-        """Let q(y|x) alone learn true labels, whatever z."""
-        with drawn_with(seed):
-            module.reset_classifier()
-        module.forget_z()
-        again = _more_often(train_rows, labels, LABELLED_SHARE)
-        epochs = max(min(warm, LABELLED_BATCH * least), epochs)  # as many steps at least
-        with at_stage(module, "labels"):
-            return phase("guide", epochs, labels, again, **guided | {"batch_size": LABELLED_BATCH * batch_size})
-
-    many = False  # whether the labels by themselves teach more than what is spread from them
-    hidden = _held_back(train_rows, known, module) if guide is None else []
-    if len(hidden):
-        rest = known.copy()
+    def labels_teach_more(self, recall: float) -> bool:
+        """Whether true labels by themselves, if they are many, teach more than a guide of this recall."""
+        hidden = _held_back(self.train_rows, self.known, self.module)
+        if not len(hidden):
+            return False
+        rest = self.known.copy()
         rest[hidden] = -1
-        last = by_labels(rest, min(GUIDED * warm, GUIDED_EPOCHS))
-        if last.interrupted:
-            return MixtureResult(last, None)
-        recall = mean_recall(known[hidden], over_cells(module, store, hidden, lambda b: module.classify(b).argmax(1)))
+        self.learn_labels(rest, min(GUIDED * self.warm, GUIDED_EPOCHS))
+        own = mean_recall(self.known[hidden], over_cells(self.module, self.store, hidden, self.component))
+        logger.info("Recall of held-back labels, learned from the others alone: %.3f", own)
         # Within one standard error is enough: the trial had fewer labels and epochs than the training would have.
-        many = recall + math.sqrt(recall * (1 - recall) / len(hidden)) > found.recall
-        logger.info("Recall of held-back labels, learned from the others alone: %.3f", recall)
-    if many:
-        last = by_labels(known, min(LABELLED * warm, LABELLED_EPOCHS))
-        if last.interrupted:
-            return MixtureResult(last, None)
-        classes = over_cells(module, store, rows, lambda b: module.classify(b).argmax(1))
-        labels = _on_cells(Guide(classes, module.n_components), rows, known)
-        module.place(*_moments(z, labels[rows], module.n_components))
-        with at_stage(module, "given"), frozen_statistics(module.y_body):
+        return own + math.sqrt(own * (1 - own) / len(hidden)) > recall
+
+    def by_labels(self) -> TrainingResult:
+        """Learn all labels, and fit the mixture to what they teach, in place of the guided and the free phase."""
+        self.learn_labels(self.known, min(LABELLED * self.warm, LABELLED_EPOCHS))
+        found = Guide(self.look(self.component), self.module.n_components)
+        self.place(_on_cells(found, self.rows, self.known))
+        with at_stage(self.module, "given"), frozen_statistics(self.module.y_body):
             # As long as it takes: classes that stay cannot be learned by heart (Kang's cells, all labelled: scib total
             # of 0.789 in place of 0.751 with GUIDED_EPOCHS).
-            last = phase("guided", max(least, GUIDED * warm), known, **guided)
-        return MixtureResult(last, labels[train_rows])
-    for _ in range(0 if guide is not None or (blind and counts) else ROUNDS):
-        labels = _on_cells(found, rows, fixed)
-        last = classifier(labels, min(ROUND * warm, ROUND_EPOCHS))
-        if last.interrupted:
-            return MixtureResult(last, labels[train_rows])
-        features = principal_components(over_cells(module, store, rows, module.class_features), None, 30)
-        anew = _guide([features], known[rows], n_classes, module, False, seed, before=found)
-        both = (found.labels >= 0) & (anew.labels >= 0)
-        agreement = adjusted_rand_score(found.labels[both], anew.labels[both])
-        logger.info("The guide made again agrees with the one before by %.3f (adjusted Rand index)", agreement)
-        if agreement < SAME_CLUSTERS:
-            break
-        found = anew
-    if guide is None and found.n_clusters < module.n_components:
-        logger.warning(
-            "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty.",
-            found.n_clusters,
-            module.n_components,
-        )
-    labels = _on_cells(found, rows, fixed)
-    with drawn_with(seed):
-        module.reset_classifier()
-        module.place(*_moments(z, labels[rows], module.n_components))
-    last = phase("guided", max(least, min(GUIDED * warm, GUIDED_EPOCHS)), labels, **guided)
-    if last.interrupted:
-        return MixtureResult(last, labels[train_rows])
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    free = guided | {"lr": FREE_LR * lr}
-    last = phase("free", min(FREE * warm, FREE_EPOCHS), known if (known >= 0).any() else None, **free)
-    lost = _lost(module, store, rows, labels[rows])
-    if lost and not last.interrupted:
-        logger.warning(
-            "Components %s lost their cells in the free phase (a collapse); it is run again with the guide. More "
-            "components than the data have clusters are a common cause: try a smaller n_components.",
-            lost,
-        )
-        module.load_state_dict(before)
-        last = phase("free-guided", min(FREE * warm, FREE_EPOCHS), labels, **free)
-    return MixtureResult(last, labels[train_rows])
+            return self.phase("guided", max(self.least, GUIDED * self.warm), self.known)
+
+    def learn_labels(self, labels: np.ndarray, epochs: float) -> None:
+        """Let q(y|x) alone learn true labels, whatever z."""
+        with seeded(self.seed):
+            self.module.reset_classifier()
+        self.module.forget_z()
+        again = _more_often(self.train_rows, labels, LABELLED_SHARE)
+        epochs = max(min(self.warm, LABELLED_BATCH * self.least), epochs)  # as many steps at least
+        with at_stage(self.module, "labels"):
+            self.phase("guide", epochs, labels, again, batch_size=LABELLED_BATCH * self.batch_size)
+
+    def guide_again(self, found: Guide) -> Guide:
+        """The guide, made again from what a classifier makes of it, while that finds the same clusters."""
+        for _ in range(0 if self.guide is not None or (self.blind and self.counts) else ROUNDS):
+            with seeded(self.seed):
+                self.module.reset_classifier()
+            with at_stage(self.module, "classifier"):
+                labels = _on_cells(found, self.rows, self.fixed)
+                self.phase("guide", max(self.least, min(ROUND * self.warm, ROUND_EPOCHS)), labels)
+            known, features = self.known[self.rows], self.look(self.module.class_features)
+            views = [principal_components(features, None, 30)]
+            anew = _guide(views, known, self.n_classes, self.module, False, self.seed, before=found)
+            both = (found.labels >= 0) & (anew.labels >= 0)
+            agreement = adjusted_rand_score(found.labels[both], anew.labels[both])
+            logger.info("The guide made again agrees with the one before by %.3f (adjusted Rand index)", agreement)
+            if agreement < SAME_CLUSTERS:
+                break
+            found = anew
+        if self.guide is None and found.n_clusters < self.module.n_components:
+            text = (
+                "The cells fall into %d clusters at most, fewer than n_components=%d; the other components start empty."
+            )
+            logger.warning(text, found.n_clusters, self.module.n_components)
+        return found
+
+    def free(self, labels: np.ndarray) -> TrainingResult:
+        """The last phase, and once more with the guide's labels (n,) if one of its components is lost."""
+        before = {k: v.clone() for k, v in self.module.state_dict().items()}
+        epochs, true = min(FREE * self.warm, FREE_EPOCHS), self.known if (self.known >= 0).any() else None
+        result = self.phase("free", epochs, true, lr=FREE_LR * self.lr)
+        if lost := _lost(labels[self.rows], self.look(self.component), self.module.n_components):
+            logger.warning(
+                "Components %s lost their cells in the free phase (a collapse); it is run again with the guide. More "
+                "components than the data have clusters are a common cause: try a smaller n_components.",
+                lost,
+            )
+            self.module.load_state_dict(before)
+            result = self.phase("free-guided", epochs, labels, lr=FREE_LR * self.lr)
+        return result
+
+    def phase(
+        self, name: str, epochs: float, labels: np.ndarray | None, again: np.ndarray | None = None, **options: Any
+    ) -> TrainingResult:
+        """A phase after the warm-up, with labels (n,); the rows ``again`` are by default those of true labels."""
+        monitor = MixtureMonitor(self.store, some_rows(self.train_rows, MONITORED, self.seed))
+        options = {"kl_warmup": 0.0, "early_stopping": False, "restore_best": False} | options
+        again = _more_often(self.train_rows, self.known, KNOWN_SHARE) if again is None else again
+        seen = CellStore(self.store.cells, labels)
+        return self.phases.run(name, PHASES.index(name), seen, epochs, monitor, again, **options)
+
+    def choose_components(self, n: int) -> None:
+        """Make ``n`` components, one for each class at least, if their number is to be chosen."""
+        if self.choose:
+            with seeded(self.seed):
+                self.module.set_components(max(n, self.n_classes))
+
+    def place(self, labels: np.ndarray) -> None:
+        """Put the components where the cells with these labels (n,) lie."""
+        self.module.place(*_moments(self.z, labels[self.rows], self.module.n_components))
+
+    def look(self, values: Callable[[Batch], torch.Tensor]) -> np.ndarray:
+        """``values`` of mini-batches, over the cells of the guide."""
+        return over_cells(self.module, self.store, self.rows, values)
+
+    def component(self, batch: Batch) -> torch.Tensor:
+        """The likeliest component of cells, (n,)."""
+        return self.module.classify(batch).argmax(1)
 
 
 def _held_back(train_rows: np.ndarray, known: np.ndarray, module: GMVAE) -> np.ndarray:
@@ -335,9 +345,8 @@ def _guide_rows(train_rows: np.ndarray, known: np.ndarray, seed: int) -> np.ndar
     return np.union1d(first, some_rows(train_rows, MAX_CELLS - len(first), seed))
 
 
-def _without_conditions(z: np.ndarray, module: GMVAE, store: CellStore, rows: np.ndarray) -> np.ndarray:
-    """What a linear regression of z on the conditions leaves, (n, d), about the mean of z."""
-    c = over_cells(module, store, rows, module.c)
+def _without(z: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """What a linear regression of z on the conditions c leaves, (n, d), about the mean of z."""
     c = c - c.mean(0)
     return (z - c @ np.linalg.lstsq(c, z, rcond=None)[0]).astype(np.float32)
 
@@ -389,8 +398,7 @@ def _moments(z: np.ndarray, labels: np.ndarray, n: int) -> tuple[torch.Tensor, t
     return torch.from_numpy(loc).float(), torch.from_numpy(scale).float()
 
 
-def _lost(module: GMVAE, store: CellStore, rows: np.ndarray, labels: np.ndarray) -> list[int]:
-    """Components that hold fewer than a fifth of the cells that the guide gave them."""
-    found = over_cells(module, store, rows, lambda b: module.classify(b).argmax(1))
-    sizes = np.bincount(labels[labels >= 0], minlength=module.n_components)
-    return [int(k) for k in range(module.n_components) if sizes[k] and (found == k).sum() < LOST * sizes[k]]
+def _lost(labels: np.ndarray, found: np.ndarray, n: int) -> list[int]:
+    """Those of n components that cells are ``found`` in (m,) fewer than a fifth as often as their guide has them."""
+    sizes, left = np.bincount(labels[labels >= 0], minlength=n), np.bincount(found, minlength=n)
+    return np.flatnonzero(left < LOST * sizes).tolist()

@@ -40,7 +40,7 @@ class MixtureMonitor(Callback):
         share = torch.bincount(q.argmax(1), minlength=q.shape[1]) / len(q)
         row = {
             "components_in_use": float((share >= IN_USE).sum()),
-            "entropy": float(-(q * q.clamp(min=1e-12).log()).sum(1).mean()),
+            "entropy": float(torch.special.entr(q).sum(1).mean()),
             "active_units": float((z.var(0) > 0.01).sum()) if len(z) > 1 else 0.0,
         }
         pl_module.watched = row | {f"occupancy_{k}": float(s) for k, s in enumerate(share)}

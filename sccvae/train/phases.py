@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
@@ -21,6 +20,13 @@ from sccvae.module import GenerativeModule
 from sccvae.train.fit import TrainingResult, fit
 
 logger = logging.getLogger(__name__)
+
+
+class _EndedError(Exception):
+    """A phase was interrupted, with ``result``: no other follows."""
+
+    def __init__(self, result: TrainingResult) -> None:
+        self.result = result
 
 
 class Phases:
@@ -90,12 +96,13 @@ class Phases:
 
         Returns
         -------
-        History of all phases so far, whether this one was interrupted, and its trainer.
+        History of all phases so far, and the trainer of this one. If it was interrupted, none follows:
+        :meth:`in_order` ends there.
         """
         index = len(self.frames)
         left = None if self.end is None else self.end - time.monotonic()
         if index and left is not None and left <= 0:
-            return self.so_far()
+            raise _EndedError(self._so_far())
         callbacks = [c for c in self.callbacks if not (index and isinstance(c, EarlyStopping))]
         found = fit(
             self.module,
@@ -114,9 +121,23 @@ class Phases:
         kept = sum(map(len, self.frames)) + found.kept
         self.frames.append(frame.assign(phase=float(number)))
         self.trainer = found.trainer
-        return TrainingResult(self._history(), found.interrupted, found.trainer, kept, found.out_of_time)
+        result = TrainingResult(self._history(), found.interrupted, found.trainer, kept, found.out_of_time)
+        if found.interrupted:
+            raise _EndedError(result)
+        return result
 
-    def so_far(self) -> TrainingResult:
+    def in_order(self, phases: Callable[[], TrainingResult]) -> TrainingResult:
+        """What ``phases`` gives, which calls :meth:`run`; or what is there when Ctrl-C or ``max_time`` ends it."""
+        try:
+            return phases()
+        except _EndedError as end:
+            return end.result
+        except KeyboardInterrupt:  # between two phases: within one, it ends in order by itself
+            if not self.frames:
+                raise
+            return self._so_far()
+
+    def _so_far(self) -> TrainingResult:
         """What is there when Ctrl-C strikes, or time is over, between two phases."""
         logger.warning("Training ends after %d of its phases; the model keeps its current weights.", len(self.frames))
         late = self.end is not None and time.monotonic() >= self.end
@@ -148,11 +169,3 @@ def at_stage(module: GenerativeModule, stage: str) -> Iterator[None]:
     finally:
         module.stage = before
         module.requires_grad_(True)
-
-
-@contextmanager
-def drawn_with(seed: int) -> Iterator[None]:
-    """Inside, weights are drawn with this seed; torch's global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

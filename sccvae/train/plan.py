@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class TrainingPlan(LightningModule):
                 self._update(tensors, factors["kl_weight"], factors["late"], optimizer)
             else:
                 late = self.module.has_late_penalty and self.schedule.late(self.n_steps) > 0
-                self.recorder.run(("train", late), self._with_late if late else self._without_late, tensors)
+                self.recorder.run(("train", late), partial(self._update_recorded, late=late), tensors)
             self.n_steps += 1
             self._counts["train"] += len(tensors["x"])
         if self.recorder is not None:  # what an optimiser of Lightning counts
@@ -123,7 +124,7 @@ class TrainingPlan(LightningModule):
         optimizer.step()
         self._add("train", report, len(batch))
 
-    def _with_late(self, tensors: dict[str, Tensor], *, late: bool = True) -> None:
+    def _update_recorded(self, tensors: dict[str, Tensor], *, late: bool) -> None:
         """The same without a number that changes from step to step: the schedule lies on the device, as a table."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         factors = self._schedule.index_select(0, self._step)[0]
@@ -132,9 +133,6 @@ class TrainingPlan(LightningModule):
             group["capturable"] = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._update(tensors, factors[0], factors[1] if late else 0.0, optimizer)
         self._step.add_(1)
-
-    def _without_late(self, tensors: dict[str, Tensor]) -> None:
-        self._with_late(tensors, late=False)
 
     def validation_step(self, chunk: list[dict[str, Tensor]], _: int) -> None:
         """Terms at the target KL weight, so that epochs compare whatever the warm-up."""
