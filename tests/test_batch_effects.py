@@ -16,12 +16,13 @@ from sklearn.linear_model import PoissonRegressor
 
 from sccvae import model as models
 from sccvae._rows import SparseRows
-from sccvae.data import Cells, CellStore, batch_moments, zero_share
+from sccvae.data import Cells, CellStore, batch_moments
+from sccvae.data.moments import zero_share
 from sccvae.distributions import LIKELIHOODS, ZINB, NegativeBinomial, Poisson, log_nb
 from sccvae.model import CVAE
 from sccvae.module import CVAE as Module
-from sccvae.module import GMVAE, VAE, Batch, anchored
-from sccvae.module._batches import one_of
+from sccvae.module import GMVAE, VAE, Batch
+from sccvae.module._batches import anchored, one_of
 from sccvae.nn import CellKinds, batch_discrepancy
 from sccvae.nn.alignment import LEAST, WIDTHS
 from sccvae.train import batch_effects, effects

@@ -14,18 +14,10 @@ from _toys import toy_counts, toy_values
 from scipy import sparse
 
 from sccvae import _rows
-from sccvae.data import (
-    Cells,
-    CellStore,
-    ChunkLoader,
-    Schema,
-    check_support,
-    is_label,
-    match,
-    read_cells,
-    split_indices,
-)
+from sccvae.data import Cells, CellStore, ChunkLoader, Schema, read_cells, split_indices
 from sccvae.data import store as store_module
+from sccvae.data.categories import is_label, match
+from sccvae.data.read import check_support
 from sccvae.model import CVAE
 
 N, G = 48, 12

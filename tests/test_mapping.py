@@ -38,7 +38,8 @@ from sccvae.model._classes import (
     principal_axes,
     strangeness,
 )
-from sccvae.module import Batch, new_weights
+from sccvae.module import Batch
+from sccvae.module._growing import new_weights
 from sccvae.nn import ConditionedLinear, new_columns, widen
 
 EVERY_KIND = {

@@ -24,14 +24,13 @@ from sccvae.data import (
     CellStore,
     DiskMatrix,
     Schema,
-    free_memory,
     open_anndata,
     read_cells,
     shuffled_loader,
     split_indices,
 )
 from sccvae.data.matrix import survey
-from sccvae.data.ondisk import give_back
+from sccvae.data.ondisk import free_memory, give_back
 from sccvae.model import CVAE, GMVAE, IDEC, VAE
 
 N, G = 48, 12

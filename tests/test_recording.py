@@ -16,7 +16,8 @@ from scipy import sparse
 from sccvae import _rows
 from sccvae._recording import ROOM, WARM_UP, Recorder
 from sccvae._rows import SparseRows
-from sccvae.data import Cells, CellStore, MaskedStore, ResidentStore, resident
+from sccvae.data import Cells, CellStore, MaskedStore, ResidentStore
+from sccvae.data.residence import resident
 from sccvae.distributions import kernels
 from sccvae.module import CVAE, GMVAE
 from sccvae.train import Schedule

@@ -30,7 +30,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProg
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from sccvae.train import BestWeights, CellsBar, Schedule, default_max_epochs, default_sizes, fit
+from sccvae.train import BestWeights, Schedule, default_max_epochs, default_sizes, fit
+from sccvae.train.callbacks import CellsBar
 
 # History
 

@@ -10,19 +10,7 @@ from anndata import AnnData
 
 
 def is_label(column: pd.Series, unlabeled_category: Any) -> np.ndarray:
-    """Which values of a column are labels.
-
-    Parameters
-    ----------
-    column
-        Values, (n,).
-    unlabeled_category
-        Value that stands for no label, or None; it is found as :func:`match` finds it.
-
-    Returns
-    -------
-    (n,) bool; false for what is missing, and for ``unlabeled_category``.
-    """
+    """Which values of a column are labels, (n,) bool: not what is missing or matches ``unlabeled_category``."""
     known = column.notna().to_numpy()
     if unlabeled_category is None:
         return known
@@ -30,20 +18,10 @@ def is_label(column: pd.Series, unlabeled_category: Any) -> np.ndarray:
 
 
 def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
-    """Where values stand among the known ones: by value, then by text (1 is 1.0, and "1", as a file may hold it).
+    """Where values (n,) stand among the known ones, each there once; (n,) int64, -1 for what is new or missing.
 
-    Text and numbers are compared as numbers in the end: "-1", as on a command line, is -1.0.
-
-    Parameters
-    ----------
-    known
-        Categories, each once.
-    column
-        Values, (n,).
-
-    Returns
-    -------
-    (n,) int64; -1 for what is new or missing.
+    By value, then by text (1 is 1.0, and "1", as a file may hold it). Text and numbers are compared as numbers in the
+    end: "-1", as on a command line, is -1.0.
     """
     index = pd.Index(known)
     codes = index.get_indexer(column.astype(object))
@@ -60,20 +38,7 @@ def match(known: np.ndarray, column: pd.Series) -> np.ndarray:
 
 
 def check_once(adata: AnnData, key: str) -> None:
-    """Refuse a column of ``obs`` that stands there twice, as after ``pd.concat(axis=1)``.
-
-    Parameters
-    ----------
-    adata
-        The cells.
-    key
-        Name of a column that is there.
-
-    Raises
-    ------
-    ValueError
-        If there are several of that name.
-    """
+    """Refuse a column of ``obs`` that stands there twice, as after ``pd.concat(axis=1)``."""
     if isinstance(adata.obs[key], pd.DataFrame):
         msg = (
             f"adata.obs has {adata.obs[key].shape[1]} columns called {key!r}; keep one: "
@@ -107,16 +72,7 @@ def check_filled(column: pd.Series, cells: str = "cells", instead: str = "unknow
 def check_plain(column: pd.Series) -> None:
     """Refuse categories that cannot be saved with a model, as the intervals of ``pd.cut``, or not be sorted.
 
-    Parameters
-    ----------
-    column
-        A column of ``obs``.
-
-    Raises
-    ------
-    TypeError
-        If a value is neither text nor a number, or some are text and others numbers: 1 and "1" would be two categories
-        of one name.
+    Text beside numbers is neither: 1 and "1" would be two categories of one name.
     """
     values = column.dropna().unique()
     numbers = [v for v in values if not isinstance(v, str)]

@@ -15,19 +15,7 @@ from sccvae.data.store import CellStore
 
 
 def measured(adata: AnnData, schema: Schema) -> np.ndarray:
-    """Which of the model's genes ``adata`` has.
-
-    Parameters
-    ----------
-    adata
-        The cells.
-    schema
-        Its ``var_names`` are the model's genes.
-
-    Returns
-    -------
-    (G,) bool, in the order of the model.
-    """
+    """Which of the model's genes ``adata`` has, (G,) bool, in the order of the model."""
     return pd.Index(schema.var_names.astype(str)).isin(adata.var_names.astype(str))  # np.isin takes half a second
 
 

@@ -70,17 +70,7 @@ def batch_moments(store: CellStore, n_batch: int | None, *, zeros: bool = True) 
 
 
 def zero_share(store: CellStore) -> float:
-    """Share of zeros among the values of some of the cells, of each batch its share.
-
-    Parameters
-    ----------
-    store
-        The cells.
-
-    Returns
-    -------
-    In [0, 1].
-    """
+    """Share of zeros among the values of some of the cells, of each batch its share."""
     rows = store.some_rows(ZEROS_OF)
     return 1 - float(_csr(store.gather(rows)["x"]).count_nonzero()) / (len(rows) * store.n_features)
 

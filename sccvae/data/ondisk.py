@@ -177,12 +177,7 @@ def memory_needed(x: Any) -> int:
 
 
 def free_memory() -> int:
-    """Memory that this process may still take: what is left of the machine's, and of its control group's (Linux).
-
-    Returns
-    -------
-    Bytes.
-    """
+    """Bytes that this process may still take: what is left of the machine's, and of its control group's (Linux)."""
     free = psutil.virtual_memory().available
     try:
         own = CONTROL_GROUPS / OWN_GROUP.read_text().split("::", 1)[1].splitlines()[0].strip("/")
@@ -210,17 +205,7 @@ def give_back() -> None:
 
 
 def gigabytes(size: float) -> str:
-    """A number of bytes for a message.
-
-    Parameters
-    ----------
-    size
-        Bytes.
-
-    Returns
-    -------
-    Such as ``"1.25 GB"``.
-    """
+    """A number of bytes for a message, such as ``"1.25 GB"``."""
     return f"{size / 1e9:,.2f} GB"
 
 

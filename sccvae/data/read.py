@@ -120,21 +120,9 @@ def read_cells(
 
 
 def check_support(cells: Cells, support: str, where: str) -> None:
-    """Check the values against what a likelihood can describe.
+    """Check the values against the ``support`` of a likelihood: ``"counts"``, ``"unit"`` or ``"real"``.
 
-    Parameters
-    ----------
-    cells
-        The data. For counts, cells without any count get library size 1, with a warning.
-    support
-        ``"counts"``, ``"unit"`` or ``"real"``.
-    where
-        How to name the matrix in a message.
-
-    Raises
-    ------
-    ValueError
-        If a value lies outside the support.
+    Of counts, cells without any get library size 1, with a warning. ``where`` is what messages call the matrix.
     """
     found = cells.survey or survey(cells.x, where)
     if support == "counts":

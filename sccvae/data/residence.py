@@ -59,19 +59,9 @@ class ResidentStore(CellStore):
 
 
 def resident(store: CellStore, device: torch.device) -> CellStore:
-    """The cells on a GPU if they can lie there, else where they are.
+    """The cells on the device of the training, if that is a GPU (CUDA) where they can lie; else where they are.
 
-    Parameters
-    ----------
-    store
-        The cells.
-    device
-        Of the training.
-
-    Returns
-    -------
-    A :class:`ResidentStore` if the device is a GPU (CUDA), the cells are in memory and all their features measured, and
-    they take at most half of the memory that is free there; else the store itself.
+    They can if they are in memory, all their features measured, and take at most half of the memory that is free there.
     """
     x = store.cells.x
     if device.type != "cuda" or type(store) is not CellStore or isinstance(x, DiskMatrix):

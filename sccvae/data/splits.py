@@ -50,29 +50,10 @@ def split_indices(
 
 
 def row_numbers(indices: ArrayLike | slice | None, n_cells: int, name: str = "indices") -> np.ndarray:
-    """Rows that ``indices`` selects of ``n_cells`` cells.
+    """Rows that ``indices`` selects of ``n_cells`` cells, (n,) int64, in the order given, from 0 on.
 
-    Parameters
-    ----------
-    indices
-        Numbers of rows, negative ones from the end; a mask (n_cells,) bool; a slice; or None for all.
-    n_cells
-        Number of cells.
-    name
-        What errors call them.
-
-    Returns
-    -------
-    (n,) int64, in the order given, from 0 on.
-
-    Raises
-    ------
-    TypeError
-        If they are none of these; names of cells, for example.
-    ValueError
-        If a mask has another length, or no cell is selected.
-    IndexError
-        If there is no such row.
+    These are numbers of rows, negative ones from the end; a mask (n_cells,) bool; a slice; or None for all. Errors call
+    them by their ``name``.
     """
     if indices is None or isinstance(indices, slice):
         rows = np.arange(n_cells)[indices or slice(None)]

@@ -28,12 +28,12 @@ from sccvae.data import (
     anndata_fields,
     batch_moments,
     check_setup,
-    check_support,
     read_cells,
-    row_numbers,
-    zero_share,
 )
 from sccvae.data.checks import check_anndata
+from sccvae.data.moments import zero_share
+from sccvae.data.read import check_support
+from sccvae.data.splits import row_numbers
 from sccvae.distributions import ZINB, NegativeBinomial
 from sccvae.model._registry import RegistryMixin
 from sccvae.model._saving import SavingMixin

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from sccvae.data import match, row_numbers
-from sccvae.data.categories import obs_column
+from sccvae.data.categories import match, obs_column
+from sccvae.data.splits import row_numbers
 
 #: Cells of a group below which their spread cannot be told.
 FEW = 10

@@ -10,8 +10,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from sccvae.data import match
-from sccvae.data.categories import obs_column
+from sccvae.data.categories import match, obs_column
 from sccvae.model._decoding import Change, DecodingMixin
 
 

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from sccvae.data import DiskMatrix, measured
+from sccvae.data import DiskMatrix
+from sccvae.data.masked import measured
 from sccvae.model._base import evaluating
 from sccvae.model._comparisons import Comparison, comparisons, warn_of_parted_batches
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change

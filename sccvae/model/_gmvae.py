@@ -12,8 +12,8 @@ import torch
 from anndata import AnnData
 
 from sccvae import module
-from sccvae.data import CellStore, match
-from sccvae.data.categories import obs_column
+from sccvae.data import CellStore
+from sccvae.data.categories import match, obs_column
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
@@ -24,7 +24,8 @@ from sccvae.model._latent import VariationalMixin
 from sccvae.model._mapping import MappingMixin
 from sccvae.model._predictive import PredictiveMixin
 from sccvae.model._sampling import SamplingMixin
-from sccvae.module import PARTED, Batch, InputDropout
+from sccvae.module import Batch, InputDropout
+from sccvae.module._batches import PARTED
 from sccvae.nn import check_sizes
 from sccvae.train import TrainingResult, fit_mixture
 from sccvae.train.checkpoint import digest

@@ -17,14 +17,17 @@ import torch
 from anndata import AnnData
 
 from sccvae._names import checks_names, with_known_names
-from sccvae.data import CellStore, MaskedStore, batch_moments, measured
+from sccvae.data import CellStore, MaskedStore, batch_moments
+from sccvae.data.masked import measured
 from sccvae.distributions import ZINB
 from sccvae.model._base import BaseModel
 from sccvae.model._query import genes_of, known_labels, labels_of, new_categories, report_text
 from sccvae.model._registry import extend_registry
 from sccvae.model._saving import _decode, _encode, load
 from sccvae.model._transfer import TransferMixin
-from sccvae.module import Batch, adapt, anchored, grow, new_weights, only_new
+from sccvae.module import Batch
+from sccvae.module._batches import anchored
+from sccvae.module._growing import adapt, grow, new_weights, only_new
 from sccvae.train import TrainingResult, fit
 
 logger = logging.getLogger(__name__)

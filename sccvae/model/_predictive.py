@@ -11,7 +11,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from sccvae.data import measured
+from sccvae.data.masked import measured
 from sccvae.model._base import evaluating
 from sccvae.model._decoding import Change
 from sccvae.model._parameters import ParametersMixin

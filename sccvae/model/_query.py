@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from sccvae.data import Schema, check_once, is_label, match, measured
-from sccvae.data.categories import check_filled
+from sccvae.data import Schema
+from sccvae.data.categories import check_filled, check_once, is_label, match
+from sccvae.data.masked import measured
 
 #: Least share of the reference's genes that a query must have.
 LEAST_GENES = 0.5

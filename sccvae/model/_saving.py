@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from sccvae import __version__
 from sccvae._names import checks_names
-from sccvae.data import is_label
+from sccvae.data.categories import is_label
 from sccvae.model._card import model_card
-from sccvae.module import adapt
+from sccvae.module._growing import adapt
 
 JSON_FILE, WEIGHTS_FILE, CARD_FILE = "model.json", "weights.safetensors", "README.md"
 #: In format 1 the weights of :class:`sccvae.nn.Linear`, which end so, lay by output.

@@ -1,9 +1,7 @@
 """Generative models on bare tensors: one file is one plate diagram."""
 
 from sccvae.module._base import Batch, GenerativeModule, LatentVariableModule
-from sccvae.module._batches import PARTED, anchored
 from sccvae.module._factorization import Factor, Factorization
-from sccvae.module._growing import adapt, grow, new_weights, only_new
 from sccvae.module._input import InputDropout
 from sccvae.module.ae import AE
 from sccvae.module.cvae import CVAE
@@ -16,7 +14,6 @@ __all__ = [
     "CVAE",
     "GMVAE",
     "IDEC",
-    "PARTED",
     "VAE",
     "Batch",
     "Factor",
@@ -24,9 +21,4 @@ __all__ = [
     "GenerativeModule",
     "InputDropout",
     "LatentVariableModule",
-    "adapt",
-    "anchored",
-    "grow",
-    "new_weights",
-    "only_new",
 ]

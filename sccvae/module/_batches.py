@@ -145,15 +145,7 @@ def anchored(module: GenerativeModule) -> Iterator[None]:
 
     They come from the components that the batch's own cells may come from. All of p(z) would draw cells of one type
     over all others (453 B cells of one donor alone, mapped on seven others: 0.99 found as such, 0.73 by all of p(z)).
-
-    Parameters
-    ----------
-    module
-        Any module; one without an alignment stays as it is.
-
-    Yields
-    ------
-    None.
+    A module without an alignment stays as it is.
     """
     alignment = getattr(module, "alignment", None)
     if alignment is None:

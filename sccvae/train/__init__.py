@@ -1,6 +1,6 @@
 """Training: the Lightning plan, schedules, callbacks, checkpoints."""
 
-from sccvae.train.callbacks import BestWeights, CellsBar, progress
+from sccvae.train.callbacks import BestWeights
 from sccvae.train.deep_clustering import TargetDistribution, fit_deep_clustering
 from sccvae.train.effects import batch_effects
 from sccvae.train.fit import TrainingResult, fit
@@ -10,7 +10,6 @@ from sccvae.train.schedules import Schedule, default_max_epochs, default_sizes
 
 __all__ = [
     "BestWeights",
-    "CellsBar",
     "Schedule",
     "TargetDistribution",
     "TrainingPlan",
@@ -21,5 +20,4 @@ __all__ = [
     "fit",
     "fit_deep_clustering",
     "fit_mixture",
-    "progress",
 ]

@@ -106,17 +106,7 @@ def out_of_time(trainer: Trainer) -> bool:
 
 
 def progress(**options: Any) -> Any:
-    """A tqdm bar with scaled units: the notebook's own where it can be drawn, else text.
-
-    Parameters
-    ----------
-    **options
-        For ``tqdm``.
-
-    Returns
-    -------
-    The bar; close it at the end.
-    """
+    """A tqdm bar with scaled units: the notebook's own where it can be drawn, else text."""
     from importlib.util import find_spec
 
     if find_spec("ipywidgets") and find_spec("IPython"):

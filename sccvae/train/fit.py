@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 
 from sccvae._names import with_known_names
 from sccvae._recording import Recorder
-from sccvae.data import CellStore, ChunkLoader, resident, shuffled_loader
+from sccvae.data import CellStore, ChunkLoader, shuffled_loader
+from sccvae.data.residence import resident
 from sccvae.module import GenerativeModule
 from sccvae.nn import check_sizes
 from sccvae.train.callbacks import BestWeights, CellsBar, out_of_time
