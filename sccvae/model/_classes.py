@@ -22,6 +22,8 @@ N_COMPONENTS = 30
 SMALLEST_LOG = -1e6
 #: Share of a query's cells that is thought to be of known types: what even they differ by is the technology's.
 LEAST_STRANGE = 0.25
+#: Times that the counts of held-out cells are halved, to see how strange known cells look in a shallower query.
+HALVINGS = 4
 #: Bins of the calibration error.
 BINS = 15
 
@@ -99,24 +101,78 @@ def against_classes(
         What :func:`normals` gives, with ``temperatures`` of those views that decide, ``scores``, centre and spread of
         what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes.
     together
-        The cells are of one query: what most of them have on the genes' side is taken to be its technology's.
+        The cells are of one query: what most of them have on the genes' side is taken to be its technology's, and what
+        is strange is measured as in held-out cells of their median ``library``, (n,), by what :func:`noted` found.
 
     Returns
     -------
     The sum of what is strange about a cell, in units of the spread, and the product of the views' probabilities, each
     at its temperature.
     """
+    found, log_q = _found(views, known)
+    at = halvings(views, known) if together else 0.0
+    own = _noted_at(known, at) if at else known
+    if together:
+        for name, quartile in own.get("quartiles", {}).items():
+            found[name] = found[name] - max(0.0, np.quantile(found[name], LEAST_STRANGE) - quartile)
+    score = _total(found, own.get("scores") or {"density": (0.0, 1.0)})
+    if at:  # on the scale of the reference's depth, so that one threshold is for all
+        low, high = (of["score_quantiles"] for of in (own, _noted_at(known, 0.0)))
+        score = np.interp(score, low, high) + score - np.clip(score, low[0], low[-1])
+    return score, log_q
+
+
+def halvings(views: dict[str, np.ndarray], known: dict[str, Any]) -> float:
+    """How often the depth of the reference is to be halved for the median of the cells': 0 if they are as deep."""
+    if "thinned" not in known:  # no counts, or a reference of an earlier version
+        return 0.0
+    return max(0.0, float(np.log2(known["depth"] / np.median(views["library"]))))
+
+
+def noted(
+    views: dict[str, np.ndarray], known: dict[str, Any], n_quantiles: int, like: np.ndarray | slice = slice(None)
+) -> dict[str, Any]:
+    """What the outlier score of other cells is measured by, of those of the held-out cells that are ``like`` them.
+
+    ``scores``: centre and spread of what is strange; ``quartiles``, which ``together`` compares; ``score_quantiles``.
+    """
+    found = {name: of[like] for name, of in _found(views, known)[0].items()}
+    scores = {n: (float(np.median(v)), max(float(v.std()), 1e-6)) for n, v in found.items()}
+    return {
+        "scores": scores,
+        "quartiles": {n: float(np.quantile(found[n], LEAST_STRANGE)) for n in ("place", "beyond")},
+        "score_quantiles": np.quantile(_total(found, scores), np.linspace(0, 1, n_quantiles)).tolist(),
+    }
+
+
+def _noted_at(known: dict[str, Any], at: float) -> dict[str, Any]:
+    """What :func:`noted` gives for cells whose counts are halved so often, between those that were halved."""
+    every, n = known["score_quantiles"], len(known["thinned"][0]["score_quantiles"])
+    fewer = np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(every)), every)
+    steps = [known | {"score_quantiles": fewer}, *known["thinned"]]
+    low = min(int(at), len(steps) - 2)
+    return {name: _between(steps[low][name], of, min(at - low, 1.0)) for name, of in steps[low + 1].items()}
+
+
+def _between(a: Any, b: Any, weight: float) -> Any:
+    """Numbers in dicts, this much of the way from a to b."""
+    if isinstance(b, dict):
+        return {name: _between(a[name], of, weight) for name, of in b.items()}
+    return (1 - weight) * np.asarray(a) + weight * np.asarray(b)
+
+
+def _found(views: dict[str, np.ndarray], known: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What :func:`strangeness` gives, and log-probability of each class, (n, K)."""
     density, by_z = by_normals(views["z"], known)
     logs = {"z": by_z} | {name: views[name] for name in ("q", "genes") if name in views}
     # A reference of an earlier version has no temperatures: q alone decides, or the normals.
     temperatures = known.get("temperatures") or {"q" if "q" in logs else "z": 1.0}
     logs = {name: log_softmax(logs[name] / t, axis=1) for name, t in temperatures.items()}
-    found = strangeness(density, views, logs, known.get("places"))
-    scores = known.get("scores") or {"density": (0.0, 1.0)}
-    if together:
-        for name, quartile in known.get("quartiles", {}).items():
-            found[name] = found[name] - max(0.0, np.quantile(found[name], LEAST_STRANGE) - quartile)
-    return sum((found[name] - centre) / spread for name, (centre, spread) in scores.items()), sum(logs.values())
+    return strangeness(density, views, logs, known.get("places")), sum(logs.values())
+
+
+def _total(found: dict[str, np.ndarray], scores: dict[str, tuple[float, float]]) -> np.ndarray:
+    return sum((found[name] - centre) / spread for name, (centre, spread) in scores.items())
 
 
 def strangeness(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,15 @@ from sklearn.neighbors import NearestNeighbors
 
 from sccvae.model._base import evaluating
 from sccvae.model._classes import (
-    LEAST_STRANGE,
+    HALVINGS,
     against_classes,
     by_normals,
     calibrate,
+    halvings,
     logistic,
     normals,
+    noted,
     principal_axes,
-    strangeness,
     temperature_of,
 )
 from sccvae.module import Batch
@@ -36,8 +38,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 #: Training cells that the logistic regression on genes learns from at most, and the depth that it sees cells at.
 LEARNS_FROM, DEPTH = 10_000, 1e4
-#: Quantiles kept of the held-out outlier scores.
-QUANTILES = 1001
+#: Quantiles kept of the held-out outlier scores, and of those of thinned cells, of which so many are looked at.
+QUANTILES, FEWER_QUANTILES, MOST_THINNED = 1001, 101, 2_000
 #: Cells of a query among which neighbours are looked for.
 MOST_CELLS = 20_000
 #: Cells asked about for each neighbour at least: a few cells lie next to cells of other types.
@@ -114,6 +116,13 @@ class TransferMixin:
         if n_neighbors > 1:
             axes = principal_axes(self._genes_of(adata, rows[_some(len(rows), LEARNS_FROM)]))
         views = self._look(adata, indices, batch_size, known.get("genes"), axes)
+        if n_neighbors > 1 and (at := halvings(views, known)) > HALVINGS:
+            logger.warning(
+                "The median cell has a %.0fth of the counts of the reference's, and how strange known cells look was "
+                "noted down to a %dth: more than the share asked for may be called unknown.",
+                2**at,
+                2**HALVINGS,
+            )
         names = known["classes"]
         called = [*names, *{UNKNOWN}.difference(names)]
         score, log_q = against_classes(views, known, together=n_neighbors > 1)
@@ -188,16 +197,21 @@ class TransferMixin:
         batch_size: int | None = None,
         genes: dict[str, Any] | None = None,
         axes: np.ndarray | None = None,
+        kept: float = 1.0,
     ) -> dict[str, np.ndarray]:
         """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K).
 
-        ``place``: their genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,); and
-        ``where`` they are on other axes (c, G).
+        ``place``: their genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,);
+        ``where`` they are on other axes (c, G); and ``library``, (n,). All with this share of the counts ``kept``.
         """
-        found: dict[str, list[torch.Tensor]] = {"z": []}
+        found: dict[str, list[torch.Tensor]] = {"z": [], "library": []}
         known = {name: torch.tensor(of, dtype=torch.float32) for name, of in (genes or {}).items()}
         with evaluating(0):
             for batch in self._stream(adata, indices, batch_size):
+                batch = batch if kept == 1 else _thinned(batch, kept)
+                # Size factors may be relative to the others of a query.
+                own = self.schema.size_factor_key is not None
+                found["library"].append(batch.dense.sum(1) if own else batch.library[:, 0])
                 q = self.module.inference(batch)["z"]
                 found["z"].append(q if isinstance(q, torch.Tensor) else q.loc)
                 if hasattr(self.module, "log_q_y"):
@@ -242,7 +256,8 @@ class TransferMixin:
             own = codes[held_out]
         else:
             logger.warning("No cells were held out, so the probabilities of transferred labels are not calibrated.")
-        views = self._look(None, held_out if len(held_out) else train, genes=known["genes"])
+        rows = held_out if len(held_out) else train
+        views = self._look(None, rows, genes=known["genes"])
         # Where all cells of a class are held out, nothing is known of it: any probability of it would be wrong.
         with_cells = np.minimum(known["shares"], known["places"]["shares"]) > 0
         seen = (own >= 0) & with_cells[own]
@@ -252,18 +267,19 @@ class TransferMixin:
                 sorted({names[k] for k in own[~seen] if k >= 0}),
                 (own[~seen] >= 0).sum(),
             )
-        density, by_z = by_normals(views["z"], known)
+        _, by_z = by_normals(views["z"], known)
         logs = {"z": by_z} | {name: views[name] for name in ("q", "genes") if name in views}
         fitted = len(held_out) > 0 and seen.any()
         known["temperatures"] = {n: temperature_of(v[seen], own[seen]) if fitted else 1.0 for n, v in logs.items()}
-        logs = {name: log_softmax(v / known["temperatures"][name], axis=1) for name, v in logs.items()}
-        found = strangeness(density, views, logs, known["places"])
         # A cell without a label may be of a class that no label names, unless every cell has a component.
         like = np.ones_like(seen) if "q" in views or not seen.any() else seen
-        known["scores"] = {n: (float(np.median(v[like])), max(float(v[like].std()), 1e-6)) for n, v in found.items()}
-        known["quartiles"] = {n: float(np.quantile(found[n][like], LEAST_STRANGE)) for n in ("place", "beyond")}
-        scores, log_q = against_classes(views, known)
-        known["score_quantiles"] = np.quantile(scores[like], np.linspace(0, 1, QUANTILES)).tolist()
+        known |= noted(views, known, QUANTILES, like)
+        _, log_q = against_classes(views, known)
+        if self.module.likelihood.support == "counts":
+            known["depth"] = float(np.median(views["library"][like]))
+            some = rows[like][_some(like.sum(), MOST_THINNED)]
+            thinned = (self._look(None, some, genes=known["genes"], kept=0.5**n) for n in range(1, HALVINGS + 1))
+            known["thinned"] = [noted(of, known, FEWER_QUANTILES) for of in thinned]
         if fitted:
             known |= calibrate(log_q[seen], own[seen])
             logger.info(
@@ -298,6 +314,13 @@ class TransferMixin:
     def _genes_of(self, adata: AnnData | None, rows: np.ndarray) -> csr_matrix:
         """:meth:`_genes` of these cells."""
         return vstack([csr_matrix(self._genes(batch).cpu().numpy()) for batch in self._stream(adata, rows)], "csr")
+
+
+def _thinned(batch: Batch, kept: float) -> Batch:
+    """Cells of which each count is kept with this probability, drawn from torch's state; an empty one has library 1."""
+    x = torch.binomial(batch.dense, batch.dense.new_tensor(kept).expand(batch.x.shape))
+    share = x.sum(1, keepdim=True) / batch.dense.sum(1, keepdim=True).clamp(min=1)
+    return replace(batch, x=x, library=(batch.library * share).clamp(min=1))
 
 
 def _of_neighbors(score: np.ndarray, where: np.ndarray, n_neighbors: int) -> np.ndarray:
