@@ -22,8 +22,8 @@ N_COMPONENTS = 30
 SMALLEST_LOG = -1e6
 #: Share of a query's cells that is thought to be of known types: what even they differ by is the technology's.
 LEAST_STRANGE = 0.25
-#: Times that the counts of held-out cells are halved, to see how strange known cells look in a shallower query.
-HALVINGS = 4
+#: Shares of their counts at which the reference's cells are looked at again, for queries that are shallower.
+KEPT = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 #: Bins of the calibration error.
 BINS = 15
 
@@ -99,10 +99,10 @@ def against_classes(
         (n, K), where there is one; ``place``, (n, c), and ``beyond``, (n,), of the genes on their principal axes.
     known
         What :func:`normals` gives, with ``temperatures`` of those views that decide, ``scores``, centre and spread of
-        what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes.
+        what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes; at the depth
+        of the cells (:func:`at_depth`).
     together
-        The cells are of one query: what most of them have on the genes' side is taken to be its technology's, and what
-        is strange is measured as in held-out cells of their median ``library``, (n,), by what :func:`noted` found.
+        The cells are of one query: what most of them have on the genes' side is taken to be its technology's.
 
     Returns
     -------
@@ -110,32 +110,20 @@ def against_classes(
     at its temperature.
     """
     found, log_q = _found(views, known)
-    at = halvings(views, known) if together else 0.0
-    own = _noted_at(known, at) if at else known
     if together:
-        for name, quartile in own.get("quartiles", {}).items():
+        for name, quartile in known.get("quartiles", {}).items():
             found[name] = found[name] - max(0.0, np.quantile(found[name], LEAST_STRANGE) - quartile)
-    score = _total(found, own.get("scores") or {"density": (0.0, 1.0)})
-    if at:  # on the scale of the reference's depth, so that one threshold is for all
-        low, high = (of["score_quantiles"] for of in (own, _noted_at(known, 0.0)))
-        score = np.interp(score, low, high) + score - np.clip(score, low[0], low[-1])
+    score = _total(found, known.get("scores") or {"density": (0.0, 1.0)})
+    if "full_depth" in known:
+        own = known["score_quantiles"]
+        score = np.interp(score, own, known["full_depth"]) + score - np.clip(score, own[0], own[-1])
     return score, log_q
-
-
-def halvings(views: dict[str, np.ndarray], known: dict[str, Any]) -> float:
-    """How often the depth of the reference is to be halved for the median of the cells': 0 if they are as deep."""
-    if "thinned" not in known:  # no counts, or a reference of an earlier version
-        return 0.0
-    return max(0.0, float(np.log2(known["depth"] / np.median(views["library"]))))
 
 
 def noted(
     views: dict[str, np.ndarray], known: dict[str, Any], n_quantiles: int, like: np.ndarray | slice = slice(None)
 ) -> dict[str, Any]:
-    """What the outlier score of other cells is measured by, of those of the held-out cells that are ``like`` them.
-
-    ``scores``: centre and spread of what is strange; ``quartiles``, which ``together`` compares; ``score_quantiles``.
-    """
+    """Centre and spread of what is strange about held-out cells (n,), and quantiles; ``like`` says whose."""
     found = {name: of[like] for name, of in _found(views, known)[0].items()}
     scores = {n: (float(np.median(v)), max(float(v.std()), 1e-6)) for n, v in found.items()}
     return {
@@ -145,20 +133,34 @@ def noted(
     }
 
 
-def _noted_at(known: dict[str, Any], at: float) -> dict[str, Any]:
-    """What :func:`noted` gives for cells whose counts are halved so often, between those that were halved."""
+def at_depth(known: dict[str, Any], share: float) -> dict[str, Any]:
+    """What is known of the classes, for cells of this share of the reference's counts; outlier scores of one scale.
+
+    That is what ``thinned`` has of its own cells at each of ``KEPT``, between two of them on the scale of logarithms.
+    """
+    if not share < 1:
+        return known
     every, n = known["score_quantiles"], len(known["thinned"][0]["score_quantiles"])
     fewer = np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(every)), every)
     steps = [known | {"score_quantiles": fewer}, *known["thinned"]]
+    at = np.interp(-np.log(share), -np.log([1, *KEPT]), np.arange(len(steps)))
     low = min(int(at), len(steps) - 2)
-    return {name: _between(steps[low][name], of, min(at - low, 1.0)) for name, of in steps[low + 1].items()}
+    here = {name: _between(steps[low][name], of, at - low) for name, of in steps[low + 1].items()}
+    return known | here | {"full_depth": fewer}
 
 
 def _between(a: Any, b: Any, weight: float) -> Any:
-    """Numbers in dicts, this much of the way from a to b."""
+    """This much of the way from the numbers a to b."""
     if isinstance(b, dict):
         return {name: _between(a[name], of, weight) for name, of in b.items()}
     return (1 - weight) * np.asarray(a) + weight * np.asarray(b)
+
+
+def shortened(of: Any) -> Any:
+    """Numbers in dicts and lists with six digits, which take less room in a file."""
+    if isinstance(of, dict):
+        return {name: shortened(value) for name, value in of.items()}
+    return [shortened(value) for value in of] if isinstance(of, list | tuple) else float(f"{of:.6g}")
 
 
 def _found(views: dict[str, np.ndarray], known: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -17,15 +17,16 @@ from sklearn.neighbors import NearestNeighbors
 
 from sccvae.model._base import evaluating
 from sccvae.model._classes import (
-    HALVINGS,
+    KEPT,
     against_classes,
+    at_depth,
     by_normals,
     calibrate,
-    halvings,
     logistic,
     normals,
     noted,
     principal_axes,
+    shortened,
     temperature_of,
 )
 from sccvae.module import Batch
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 #: Training cells that the logistic regression on genes learns from at most, and the depth that it sees cells at.
 LEARNS_FROM, DEPTH = 10_000, 1e4
-#: Quantiles kept of the held-out outlier scores, and of those of thinned cells, of which so many are looked at.
-QUANTILES, FEWER_QUANTILES, MOST_THINNED = 1001, 101, 2_000
+#: Quantiles kept of the held-out outlier scores, and of those of thinned cells.
+QUANTILES, FEWER_QUANTILES = 1001, 101
 #: Cells of a query among which neighbours are looked for.
 MOST_CELLS = 20_000
 #: Cells asked about for each neighbour at least: a few cells lie next to cells of other types.
@@ -108,6 +109,8 @@ class TransferMixin:
         products of experts by minimizing contrastive divergence, Neural Computation 14, equation 1.
         """
         known = self._transfer()
+        if "thinned" in known:  # not of values that are no counts, nor of an earlier version
+            known = at_depth(known, self._share_of_depth(adata))
         check_sizes(n_neighbors=n_neighbors)
         rows = self._rows(adata, indices)
         n_neighbors = min(n_neighbors, len(rows) // CELLS_A_NEIGHBOR)
@@ -116,13 +119,6 @@ class TransferMixin:
         if n_neighbors > 1:
             axes = principal_axes(self._genes_of(adata, rows[_some(len(rows), LEARNS_FROM)]))
         views = self._look(adata, indices, batch_size, known.get("genes"), axes)
-        if n_neighbors > 1 and (at := halvings(views, known)) > HALVINGS:
-            logger.warning(
-                "The median cell has a %.0fth of the counts of the reference's, and how strange known cells look was "
-                "noted down to a %dth: more than the share asked for may be called unknown.",
-                2**at,
-                2**HALVINGS,
-            )
         names = known["classes"]
         called = [*names, *{UNKNOWN}.difference(names)]
         score, log_q = against_classes(views, known, together=n_neighbors > 1)
@@ -177,6 +173,14 @@ class TransferMixin:
         known = self._transfer()
         return {k: known[k] for k in ("temperature", "n_held_out", *_SCORES) if k in known}
 
+    def _share_of_depth(self, adata: AnnData | None) -> float:
+        """Median library size of these cells, all of them, over that of the reference."""
+        share = float(np.median(self._store(adata).cells.library)) / self.reference["library_quantiles"][50]
+        if share < KEPT[-1]:
+            text = "The median cell has %.3f of the reference's counts: what is unknown is told for %.3f or more."
+            logger.warning(text, share, KEPT[-1])
+        return share
+
     def _transfer(self) -> dict[str, Any]:
         if "transfer" not in self.reference:
             key = self.schema.labels_key
@@ -201,17 +205,14 @@ class TransferMixin:
     ) -> dict[str, np.ndarray]:
         """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K).
 
-        ``place``: their genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,);
-        ``where`` they are on other axes (c, G); and ``library``, (n,). All with this share of the counts ``kept``.
+        ``place``: their genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,); and
+        ``where`` they are on other axes (c, G). All after counts are ``kept`` with this probability.
         """
-        found: dict[str, list[torch.Tensor]] = {"z": [], "library": []}
+        found: dict[str, list[torch.Tensor]] = {"z": []}
         known = {name: torch.tensor(of, dtype=torch.float32) for name, of in (genes or {}).items()}
         with evaluating(0):
             for batch in self._stream(adata, indices, batch_size):
                 batch = batch if kept == 1 else _thinned(batch, kept)
-                # Size factors may be relative to the others of a query.
-                own = self.schema.size_factor_key is not None
-                found["library"].append(batch.dense.sum(1) if own else batch.library[:, 0])
                 q = self.module.inference(batch)["z"]
                 found["z"].append(q if isinstance(q, torch.Tensor) else q.loc)
                 if hasattr(self.module, "log_q_y"):
@@ -250,8 +251,9 @@ class TransferMixin:
         if not (own >= 0).any():
             logger.warning("No training cell has a label, so there is nothing to transfer.")
             return
-        known = normals(views["z"][own >= 0], own[own >= 0], len(names)) | {"classes": names, "temperature": 1.0}
-        known |= self._learn_genes(train[own >= 0], own[own >= 0], len(names))
+        taught = train[own >= 0], own[own >= 0]
+        known = normals(views["z"][own >= 0], taught[1], len(names)) | {"classes": names, "temperature": 1.0}
+        known |= self._learn_genes(*taught, len(names))
         if len(held_out):
             own = codes[held_out]
         else:
@@ -275,11 +277,6 @@ class TransferMixin:
         like = np.ones_like(seen) if "q" in views or not seen.any() else seen
         known |= noted(views, known, QUANTILES, like)
         _, log_q = against_classes(views, known)
-        if self.module.likelihood.support == "counts":
-            known["depth"] = float(np.median(views["library"][like]))
-            some = rows[like][_some(like.sum(), MOST_THINNED)]
-            thinned = (self._look(None, some, genes=known["genes"], kept=0.5**n) for n in range(1, HALVINGS + 1))
-            known["thinned"] = [noted(of, known, FEWER_QUANTILES) for of in thinned]
         if fitted:
             known |= calibrate(log_q[seen], own[seen])
             logger.info(
@@ -288,7 +285,25 @@ class TransferMixin:
                 *(known[name] for name in _SCORES),
                 known["temperature"],
             )
+        if self.module.likelihood.support == "counts":
+            some = np.flatnonzero(like)[_some(like.sum(), LEARNS_FROM)]
+            others = rows[some], np.where(seen & fitted, own, -1)[some]
+            some = some_of_each(np.arange(len(taught[0])), taught[1], LEARNS_FROM, 0)
+            taught = taught[0][some], taught[1][some]
+            known["thinned"] = [self._at_share(kept, known, taught, others) for kept in KEPT]
         self.reference["transfer"] = known
+
+    def _at_share(self, kept: float, known: dict[str, Any], *cells: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+        """What :func:`at_depth` reads: rows and classes of training and of held-out cells, counts ``kept`` at random."""
+        n, (train, held_out) = len(known["classes"]), cells
+        views = self._look(None, train[0], genes=known["genes"], kept=kept)
+        found = normals(views["z"], train[1], n) | {"places": normals(views["place"], train[1], n)}
+        views, codes = self._look(None, held_out[0], genes=known["genes"], kept=kept), held_out[1]
+        found |= noted(views, known | found, FEWER_QUANTILES)
+        if (codes >= 0).any():
+            _, log_q = against_classes(views, known | found)
+            found["temperature"] = temperature_of(log_q[codes >= 0], codes[codes >= 0])
+        return shortened(found)
 
     def _label_codes(self) -> np.ndarray | None:
         """Class of each cell of the training data, (n,) int64, -1 for none; None without ``labels_key``."""
@@ -317,10 +332,11 @@ class TransferMixin:
 
 
 def _thinned(batch: Batch, kept: float) -> Batch:
-    """Cells of which each count is kept with this probability, drawn from torch's state; an empty one has library 1."""
-    x = torch.binomial(batch.dense, batch.dense.new_tensor(kept).expand(batch.x.shape))
-    share = x.sum(1, keepdim=True) / batch.dense.sum(1, keepdim=True).clamp(min=1)
-    return replace(batch, x=x, library=(batch.library * share).clamp(min=1))
+    """Cells of which each count is kept with this probability, by torch's state; the library is 1 where none is."""
+    x = batch.dense
+    few = torch.binomial(x, torch.full_like(x, kept))
+    share = few.sum(1, keepdim=True) / x.sum(1, keepdim=True).clamp(min=1)
+    return replace(batch, x=few, library=(batch.library * share).clamp(min=1))
 
 
 def _of_neighbors(score: np.ndarray, where: np.ndarray, n_neighbors: int) -> np.ndarray:
