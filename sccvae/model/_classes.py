@@ -23,7 +23,7 @@ SMALLEST_LOG = -1e6
 #: Share of a query's cells that is thought to be of known types: what even they differ by is the technology's.
 LEAST_STRANGE = 0.25
 #: Shares of their counts at which the reference's cells are looked at again, for queries that are shallower.
-KEPT = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+KEPT = (1 / 4, 1 / 16)
 #: Bins of the calibration error.
 BINS = 15
 
@@ -114,7 +114,7 @@ def against_classes(
         for name, quartile in known.get("quartiles", {}).items():
             found[name] = found[name] - max(0.0, np.quantile(found[name], LEAST_STRANGE) - quartile)
     score = _total(found, known.get("scores") or {"density": (0.0, 1.0)})
-    if "full_depth" in known:
+    if "full_depth" in known:  # on its scale, so that one threshold is for all depths
         own = known["score_quantiles"]
         score = np.interp(score, own, known["full_depth"]) + score - np.clip(score, own[0], own[-1])
     return score, log_q
@@ -134,33 +134,26 @@ def noted(
 
 
 def at_depth(known: dict[str, Any], share: float) -> dict[str, Any]:
-    """What is known of the classes, for cells of this share of the reference's counts; outlier scores of one scale.
+    """What is known of the classes, for cells of this share of the reference's counts; unchanged from 1 on.
 
-    That is what ``thinned`` has of its own cells at each of ``KEPT``, between two of them on the scale of logarithms.
+    It lies between what is noted of its cells at two depths, by the logarithm; ``full_depth`` are quantiles at the own.
     """
     if not share < 1:
         return known
     every, n = known["score_quantiles"], len(known["thinned"][0]["score_quantiles"])
     fewer = np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(every)), every)
-    steps = [known | {"score_quantiles": fewer}, *known["thinned"]]
-    at = np.interp(-np.log(share), -np.log([1, *KEPT]), np.arange(len(steps)))
+    steps = [known | {"score_quantiles": fewer, "kept": 1.0}, *known["thinned"]]
+    at = np.interp(-np.log(share), [-np.log(of["kept"]) for of in steps], np.arange(len(steps)))
     low = min(int(at), len(steps) - 2)
     here = {name: _between(steps[low][name], of, at - low) for name, of in steps[low + 1].items()}
     return known | here | {"full_depth": fewer}
 
 
 def _between(a: Any, b: Any, weight: float) -> Any:
-    """This much of the way from the numbers a to b."""
+    """Numbers in dicts and lists, so much of the way from a to b."""
     if isinstance(b, dict):
         return {name: _between(a[name], of, weight) for name, of in b.items()}
     return (1 - weight) * np.asarray(a) + weight * np.asarray(b)
-
-
-def shortened(of: Any) -> Any:
-    """Numbers in dicts and lists with six digits, which take less room in a file."""
-    if isinstance(of, dict):
-        return {name: shortened(value) for name, value in of.items()}
-    return [shortened(value) for value in of] if isinstance(of, list | tuple) else float(f"{of:.6g}")
 
 
 def _found(views: dict[str, np.ndarray], known: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,6 @@ from sccvae.model._classes import (
     normals,
     noted,
     principal_axes,
-    shortened,
     temperature_of,
 )
 from sccvae.module import Batch
@@ -74,7 +74,7 @@ class TransferMixin:
             Rows (or a mask) of the cells; None for all.
         unknown_threshold
             A cell is called ``"unknown"`` if its outlier score is larger than those of this share of the held-out
-            reference cells, each by itself: the default leaves one in ten cells like them unknown alone, and 1 to 5 in
+            reference cells, each by itself: the default leaves one in ten cells like them unknown alone, and up to 5 in
             a hundred with neighbours. None gives every cell a label. Raise it where a query's technology differs a lot
             from the reference's.
         n_neighbors
@@ -93,7 +93,9 @@ class TransferMixin:
         agree, how far its genes lie from all classes on their principal axes, and how much these leave of them; the
         sum, each in standard deviations of the held-out reference cells from their median, and of that the median over
         its neighbours (unknown above :meth:`unknown_score`). Of the last two what a quarter of the cells asked about
-        exceed the reference's by is taken off, as their technology's, unless each cell is taken by itself.
+        exceed the reference's by is taken off, as their technology's, unless each cell is taken by itself. Of counts,
+        all is measured as in reference cells thinned to the median library size of the cells in ``adata``, if that is
+        smaller, down to a sixteenth, and put on the scale of the reference's own depth.
 
         Raises
         ------
@@ -109,10 +111,15 @@ class TransferMixin:
         products of experts by minimizing contrastive divergence, Neural Computation 14, equation 1.
         """
         known = self._transfer()
-        if "thinned" in known:  # not of values that are no counts, nor of an earlier version
-            known = at_depth(known, self._share_of_depth(adata))
         check_sizes(n_neighbors=n_neighbors)
         rows = self._rows(adata, indices)
+        if "thinned" in known:  # it has counts, and is of no earlier version
+            # Of all cells, so that n_neighbors=1 gives each the same whatever others are asked about.
+            share = float(np.median(self._store(adata).cells.library)) / self.reference["library_quantiles"][50]
+            if share < KEPT[-1]:
+                text = "The median cell has %.3f of the reference's counts; below %.3f too many are called unknown."
+                logger.warning(text, share, KEPT[-1])
+            known = at_depth(known, share)
         n_neighbors = min(n_neighbors, len(rows) // CELLS_A_NEIGHBOR)
         bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
         axes = None
@@ -172,14 +179,6 @@ class TransferMixin:
         """
         known = self._transfer()
         return {k: known[k] for k in ("temperature", "n_held_out", *_SCORES) if k in known}
-
-    def _share_of_depth(self, adata: AnnData | None) -> float:
-        """Median library size of these cells, all of them, over that of the reference."""
-        share = float(np.median(self._store(adata).cells.library)) / self.reference["library_quantiles"][50]
-        if share < KEPT[-1]:
-            text = "The median cell has %.3f of the reference's counts: what is unknown is told for %.3f or more."
-            logger.warning(text, share, KEPT[-1])
-        return share
 
     def _transfer(self) -> dict[str, Any]:
         if "transfer" not in self.reference:
@@ -294,16 +293,17 @@ class TransferMixin:
         self.reference["transfer"] = known
 
     def _at_share(self, kept: float, known: dict[str, Any], *cells: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        """What :func:`at_depth` reads: rows and classes of training and of held-out cells, counts ``kept`` at random."""
+        """For :func:`at_depth`, of training and held-out cells (rows, classes) with this share of counts ``kept``."""
         n, (train, held_out) = len(known["classes"]), cells
         views = self._look(None, train[0], genes=known["genes"], kept=kept)
         found = normals(views["z"], train[1], n) | {"places": normals(views["place"], train[1], n)}
         views, codes = self._look(None, held_out[0], genes=known["genes"], kept=kept), held_out[1]
-        found |= noted(views, known | found, FEWER_QUANTILES)
+        found |= noted(views, known | found, FEWER_QUANTILES) | {"kept": kept}
         if (codes >= 0).any():
             _, log_q = against_classes(views, known | found)
             found["temperature"] = temperature_of(log_q[codes >= 0], codes[codes >= 0])
-        return shortened(found)
+        # Six digits: less to save.
+        return json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.6g}"))
 
     def _label_codes(self) -> np.ndarray | None:
         """Class of each cell of the training data, (n,) int64, -1 for none; None without ``labels_key``."""
@@ -332,7 +332,7 @@ class TransferMixin:
 
 
 def _thinned(batch: Batch, kept: float) -> Batch:
-    """Cells of which each count is kept with this probability, by torch's state; the library is 1 where none is."""
+    """Cells of which each count is kept with this probability; as elsewhere the library of an empty one is 1."""
     x = batch.dense
     few = torch.binomial(x, torch.full_like(x, kept))
     share = few.sum(1, keepdim=True) / x.sum(1, keepdim=True).clamp(min=1)
