@@ -11,7 +11,7 @@ from anndata import AnnData
 from scipy import sparse, stats
 
 from sccvae.model import CVAE, VAE
-from sccvae.model._shrinkage import expected_fdr, posterior_draws
+from sccvae.model._shrinkage import common_shift, expected_fdr, posterior_draws
 
 N, G, CHANGED = 600, 200, 30
 
@@ -102,10 +102,10 @@ def test_estimates_by_hand(name):
             n = len(a)
             wanted.append(np.log2(a.mean(0) * (o.sum(0) + 0.5) / (e.sum(0) + 0.5)))
             influence = (a / a.mean(0) + o / o.mean(0) - e / e.mean(0) - 1) / n / np.log(2)
-            variance = variance + np.maximum((influence**2).sum(0), 0)
+            variance = variance + (influence**2).sum(0) * n / (n - 1)
         else:
             wanted.append((a + o - e).mean(0))
-            variance = variance + (a + o - e).var(0) / len(a)
+            variance = variance + (a + o - e).var(0, ddof=1) / len(a)
     np.testing.assert_allclose(estimate, wanted[0] - wanted[1], atol=0.08)
     np.testing.assert_allclose(np.log2(scale) if counts else scale, wanted[0], atol=0.08)
     floor = 0
@@ -154,6 +154,68 @@ def test_shrinkage_of_noise_finds_nothing():
     error = rng.uniform(0.1, 1, 2000)
     draws = posterior_draws(error * rng.normal(size=2000), error, 500, rng)
     assert (expected_fdr((np.abs(draws) > 0.1).mean(0)) <= 0.05).sum() <= 1
+
+
+def noisy(seed: int, shift: float, n: int, changed: float, spread: float) -> tuple[np.ndarray, ...]:
+    """Effects, their estimates and errors: few changed by 1.2 either way, all shifted."""
+    rng = np.random.default_rng(seed)
+    effect = shift + np.where(rng.random(n) < changed, rng.choice([-1.2, 1.2], n), 0)
+    error = 0.15 * np.exp(spread * rng.normal(size=n))
+    return effect, effect + error * rng.normal(size=n), error
+
+
+def test_shrinkage_to_what_most_genes_have_in_common():
+    """False discoveries of shifted genes against a known truth; shrunk to zero, more than a third would be false."""
+    called, false, of_zero = 0, 0, []
+    for seed in range(4):
+        effect, estimate, error = noisy(seed, -0.45, 1000, 0.05, 0.5)
+        shift = common_shift(estimate, error)
+        assert abs(shift + 0.45) < 0.03
+        for centre in (0.0, shift):
+            draws = posterior_draws(estimate, error, 300, np.random.default_rng(0), centre)
+            call = expected_fdr((np.abs(draws) > 0.5).mean(0)) <= 0.05
+            if centre:
+                called, false = called + call.sum(), false + (call & (np.abs(effect) <= 0.5)).sum()
+            else:
+                of_zero.append((np.abs(effect) <= 0.5)[call].mean())
+    assert called > 150
+    assert false / called <= 0.07
+    assert min(of_zero) > 0.3
+
+
+@pytest.mark.parametrize(("n", "changed", "spread"), [(1000, 0.0, 0.5), (1000, 0.1, 1.5), (20, 0.15, 0.5)])
+def test_genes_have_nothing_in_common_by_chance(n, changed, spread):
+    assert [common_shift(*noisy(seed, 0, n, changed, spread)[1:]) for seed in range(10)] == [0.0] * 10
+
+
+def test_the_shift_is_that_of_unchanged_genes():
+    """Not of those that all rise, though these are more; nor of genes near the pseudocounts, that show less."""
+    rng = np.random.default_rng(0)
+    error = 0.15 * np.exp(0.5 * rng.normal(size=1000))
+    effect = np.where(rng.random(1000) < 0.6, rng.normal(1, 0.5, 1000), 0)
+    assert abs(common_shift(effect + error * rng.normal(size=1000), error)) < 0.03
+    share = rng.beta(0.5, 0.5, 1000) + 1e-3
+    assert abs(common_shift(-0.4 * share + share * error * rng.normal(size=1000), share * error, share) + 0.4) < 0.03
+
+
+def test_genes_that_shift_together_are_said():
+    """A gene that takes a quarter of the counts of one group."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, 400)
+    rate = np.tile(rng.lognormal(1.5, 0.5, 100), (400, 1))
+    rate[:, 0] = np.where(kind, rate[:, 1:].sum(1) / 3, 5)
+    rate *= 500 / rate.sum(1, keepdims=True)
+    obs = pd.DataFrame({"type": np.array(["t0", "t1"])[kind]}, index=[f"cell{i}" for i in range(400)])
+    model = make(VAE, AnnData(sparse.csr_matrix(rng.poisson(rate).astype(np.float32)), obs=obs), setup={}, train=False)
+    model.train(20, progress_bar=False, accelerator="cpu")
+    options = {"groupby": "type", "group1": "t1", **QUIET}
+    with pytest.warns(UserWarning, match="'t1 vs Rest': most genes shift together, by -0.4.*raise delta") as caught:
+        table = model.differential_expression(**options)
+    assert caught[0].filename == __file__
+    assert table.index[table["is_de_fdr_0.05"]].tolist() == ["0"]
+    assert model.differential_expression(delta=1.5, **options)["is_de_fdr_0.05"].sum() == 1
+    model.differential_expression(delta=0, **options)
+    model.differential_expression(mode="vanilla", **options)
 
 
 def test_which_group_is_above(planted):
@@ -316,6 +378,7 @@ def test_no_batch_to_correct_for():
         alone.differential_expression(groupby="one")
 
 
+@pytest.mark.filterwarnings("ignore:12 cells in one group")
 def test_groups_without_a_common_batch_are_said():
     """Groups that share one are compared without a word, as test warnings are errors."""
     model = trained("cvae-nb")

@@ -538,6 +538,16 @@ def test_communities_of_counts_are_not_made_again(labelled):
     assert metrics.clustering(classes, model.predict())["ari"] > 0.9
 
 
+@pytest.mark.parametrize(("ones", "even"), [(0.2, True), (0.03, False)])
+def test_only_what_is_like_images_has_classes_of_even_sizes(monkeypatch, ones, even):
+    """Not accessibility, of which few values are 1."""
+    seen, guide = [], mixture._guide
+    monkeypatch.setattr(mixture, "_guide", lambda *args, **more: seen.append(more["even"]) or guide(*args, **more))
+    x = np.random.default_rng(0).random((60, 40)) < ones
+    make(AnnData(x.astype(np.float32)), setup={}, likelihood="bernoulli", n_components=2)
+    assert set(seen) == {even}
+
+
 def test_no_epoch_is_an_error():
     with pytest.raises(ValueError, match="max_epochs=0 must be at least 1"):
         make(make_cells(6), max_epochs=0, n_components=3)

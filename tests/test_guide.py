@@ -230,14 +230,14 @@ def test_blocks_part_what_is_many(many_and_few):
     assert communities.blocks(200) is None
 
 
-@pytest.mark.parametrize("support", ["unit", "real", "counts"])
-def test_blocks_guide_values_from_0_to_1(many_and_few, support):
-    module = SimpleNamespace(likelihood=SimpleNamespace(support=support), n_components=2)
+@pytest.mark.parametrize("even", [True, False])
+def test_blocks_guide_classes_of_even_sizes(many_and_few, even):
+    module = SimpleNamespace(n_components=2)
     none = np.full(900, -1)
-    few = with_the_few(_guide([many_and_few], none, None, module, False, 0).labels)
-    assert 300 < few < 600 if support == "unit" else few == 100
+    few = with_the_few(_guide([many_and_few], none, None, module, False, 0, even=even).labels)
+    assert 300 < few < 600 if even else few == 100
     module.n_components = 6  # more than valleys part
-    found = _guide([many_and_few], none, None, module, False, 0)
+    found = _guide([many_and_few], none, None, module, False, 0, even=even)
     assert (found.labels == Communities.of([many_and_few], 0).with_clusters(6).labels).all()
 
 

@@ -41,6 +41,12 @@ def test_halves_of_one_normal_have_none():
     assert valley(x[x[:, 0] < -1], x[x[:, 0] >= -1]) > 0.75  # a sixth is as many as the rest
 
 
+def test_medians_that_nearly_meet_have_none():
+    """A line of 1e9 spreads, which took more memory than there is."""
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    assert valley(x, x + 1e-9) > 0.9
+
+
 @pytest.mark.parametrize("sizes", [(1000, 1000), (5000, 40), (40, 5000)])
 def test_sizes_do_not_matter(sizes):
     assert valley(*two(8, sizes)) < 0.1

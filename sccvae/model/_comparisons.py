@@ -14,8 +14,9 @@ from anndata import AnnData
 from sccvae.data.categories import match, obs_column
 from sccvae.data.splits import row_numbers
 
-#: Cells of a group below which their spread cannot be told.
-FEW = 10
+#: Cells of a group below which their spread cannot be told (simulated, against 400 cells: of the genes found at 5 %,
+#: 12 % are false with 10 cells, 10 % with 12, 6 % with 16).
+FEW = 15
 #: Column that a query of ``obs`` takes along.
 ROW = "row of sccvae"
 
@@ -78,6 +79,19 @@ def warn_of_parted_batches(found: list[Comparison], batch: np.ndarray, key: str)
             "batches, pass batch_correction=False."
         )
         warnings.warn(msg, UserWarning, stacklevel=4)
+
+
+def warn_of_common_shifts(found: list[Comparison], shifts: list[float], delta: float) -> None:
+    """Say in which comparisons most genes change by more than half of ``delta``, all by the same."""
+    moved = [(str(one), shift) for one, shift in zip(found, shifts, strict=True) if abs(shift) > delta / 2]
+    if moved:
+        name, shift = moved[0]
+        msg = (
+            f"{name!r}{f' and {len(moved) - 1} more' if moved[1:] else ''}: most genes shift together, by {shift:.2g}, "
+            f"which is much for delta={delta}. A strong gene that takes a share of one group's counts does that to the "
+            "proportions of all others. Leave that gene out when the model is made, or raise delta."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=3)
 
 
 def _by_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list[Comparison]:

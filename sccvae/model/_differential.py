@@ -15,9 +15,9 @@ from anndata import AnnData
 from sccvae.data import DiskMatrix
 from sccvae.data.masked import measured
 from sccvae.model._base import evaluating
-from sccvae.model._comparisons import Comparison, comparisons, warn_of_parted_batches
+from sccvae.model._comparisons import Comparison, comparisons, warn_of_common_shifts, warn_of_parted_batches
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS, Change
-from sccvae.model._shrinkage import expected_fdr, posterior_draws
+from sccvae.model._shrinkage import common_shift, expected_fdr, posterior_draws
 from sccvae.nn import check_sizes
 from sccvae.train.callbacks import progress
 
@@ -94,7 +94,7 @@ class DifferentialMixin:
         cells is put right by its counts. The weights w are drawn anew 200 times (Bayesian bootstrap: exponential),
         which tells the error of the log2 fold change :math:`\log_2(m_1 + \epsilon) - \log_2(m_2 + \epsilon)`, at least
         that of Poisson counts. From estimate and error of all genes follows the posterior of each (adaptive shrinkage:
-        most genes may not change at all).
+        most genes may not change at all, or all by the same; see the notes).
 
         Of a gene that a query lacks there is the decoded change alone: it stands as if the counts had been what the
         model expects, and its error does not tell how far the model is wrong.
@@ -171,15 +171,19 @@ class DifferentialMixin:
         Warns
         -----
         UserWarning
-            If a group has fewer than ten cells; if the two groups have no batch in common, and cells are decoded in all
-            batches: what differs between their batches is no change then.
+            If a group has fewer than 15 cells; if most genes change together by more than ``delta / 2``; if the two
+            groups have no batch in common, and cells are decoded in all batches: what differs between their batches is
+            no change then.
 
         Notes
         -----
         scvi-tools compares single cells drawn from the two groups; here it is the groups' means. Cells are taken as
         independent: with few donors the error among donors is not in the rates. Nor is the error of the model's batch
         effect, which matters where groups and batches are confounded. For counts, changes are of proportions: if a few
-        strong genes rise, all others fall.
+        strong genes rise, all others fall. So with ``mode="change"`` and ``delta`` above 0 estimates are shrunk to the
+        change that most genes have in common (zero, unless another mode explains the estimates better), not to no
+        change; the reported changes include it. One gene at a fifth of the counts of one group, 31 of 1,000 genes
+        changed: 6 % of those found are false, 32 % when shrunk to zero.
 
         Memory: 200 x genes x 3 float64 for each group. Time: the cells are read and decoded once, however many groups
         there are; a comparison adds about 0.5 s for 2,000 genes.
@@ -209,11 +213,15 @@ class DifferentialMixin:
         present = measured(given, self.schema)
         sums, parts = self._sums(adata, found, correct, batch_size, silent, seed)
         rng = np.random.default_rng(seed)
-        tables = []
+        tables, shifts = [], []
         for i, one in enumerate(found):
             both = [sums.over(parts[:, column]) for column in (2 * i, 2 * i + 1)]
             estimate, error, scale1, scale2 = _estimates(both, pseudocounts, counts)
-            draws = posterior_draws(estimate, error, n_samples_overall, rng)
+            # a gene near the pseudocounts shows a part of what all have in common
+            share = (scale1 + scale2) / (scale1 + scale2 + 2 * pseudocounts) if counts else 1.0
+            # none where any change counts: of two groups some gene is always above
+            shifts.append(common_shift(estimate, error, share) if mode == "change" and delta else 0.0)
+            draws = posterior_draws(estimate, error, n_samples_overall, rng, shifts[-1] * share)
             columns = _change(draws, delta) if mode == "change" else _vanilla(draws)
             columns |= {"lfc_raw": estimate, "lfc_error": error} if mode == "change" else {}
             columns |= {"scale1": scale1, "scale2": scale2}
@@ -227,6 +235,7 @@ class DifferentialMixin:
             table["comparison"] = str(one)
             table["group1"], table["group2"] = one.name1, one.name2
             tables.append(table)
+        warn_of_common_shifts(found, shifts, delta)
         return pd.concat(tables)
 
     def _sums(
@@ -291,7 +300,7 @@ def _estimates(
     groups: list[Sums], pseudocounts: float, counts: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Change between two groups, its standard error, and the groups' means, each (G,)."""
-    means, floor = [], 1e-12
+    means, levels, floor = [], [], 1e-12
     for group in groups:
         size = group.weight[:, None]  # (K, 1)
         if counts:
@@ -300,7 +309,11 @@ def _estimates(
             floor = floor + (rate / (rate + pseudocounts) / np.log(2)) ** 2 / (group.raw + 0.5)
         else:
             means.append((group.decoded + group.observed - group.expected) / size)
-    change = np.log2(means[0] + pseudocounts) - np.log2(means[1] + pseudocounts) if counts else means[0] - means[1]
+        level = np.log2(means[-1] + pseudocounts) if counts else means[-1]
+        # as of a sample: these weights alone give a mean the variance s^2 (n - 1) / (n (n + 1)), not s^2 / n
+        wider = np.sqrt((group.n + 1) / max(group.n - 1, 1))
+        levels.append(level.mean(0) + wider * (level - level.mean(0)))
+    change = levels[0] - levels[1]
     error = np.sqrt(np.maximum(change.var(0), floor))
     return change.mean(0), error, means[0].mean(0), means[1].mean(0)
 
