@@ -197,9 +197,7 @@ class _Training:
         if self.guide is None:
             views, beside = self.views()
             known = self.known[self.rows]
-            found = _guide(
-                views, known, self.n_classes, self.module, self.choose, self.seed, beside, even=self.even
-            )
+            found = _guide(views, known, self.n_classes, self.module, self.choose, self.seed, beside, even=self.even)
         else:
             found = Guide(self.guide[self.rows], int(self.guide.max()) + 1)
         if self.choose and self.blind and found.n_clusters == 1:
