@@ -30,7 +30,6 @@ from sccvae.distributions import ZINB, Bernoulli, NegativeBinomial, Normal, Pois
 from sccvae.model import AE, CVAE, GMVAE, VAE, _transfer
 from sccvae.model._classes import (
     against_classes,
-    at_depth,
     by_normals,
     calibrate,
     calibration_error,
@@ -664,55 +663,6 @@ def test_held_out_cells_of_the_reference_are_known(planted_reference):
     model, _ = planted_reference
     share = (model.transfer_labels(indices=model.validation_indices)["label"] == "unknown").mean()
     assert share <= 2 / len(model.validation_indices)
-
-
-def test_known_cells_of_a_shallower_query_are_known(planted_reference, caplog):
-    """Counts thinned to a fifth were called unknown for the most part; a reference of an earlier version does so."""
-    model, cells = planted_reference
-    cells = cells.copy()
-    cells.X.data = np.random.default_rng(0).binomial(cells.X.data.astype(int), 0.2).astype(np.float32)
-    query = model.load_query(cells)
-    query.train(accelerator="cpu", progress_bar=False)
-    table, alone = (query.transfer_labels(n_neighbors=n) for n in (15, 1))
-    query.reference["transfer"] = {k: v for k, v in query.reference["transfer"].items() if k != "thinned"}
-    before = query.transfer_labels()
-    assert (table["label"] == "unknown").mean() < 0.05
-    assert (alone["label"] == "unknown").mean() < 0.2
-    assert (before["label"] == "unknown").mean() > 0.3
-    truth = cells.obs["type"].to_numpy()
-    assert (table["best_label"] == truth).mean() >= (before["best_label"] == truth).mean()
-    assert "of the reference's counts" not in caplog.text
-
-
-def test_depth_of_scores_by_hand(planted_reference, caplog):
-    model, _ = planted_reference
-    known, rows = model.reference["transfer"], model.validation_indices
-    assert all(at_depth(known, share) is known for share in (1.0, 2.0))
-    state = torch.random.get_rng_state()
-    for of in known["thinned"]:  # at a depth that was looked at, the share asked for by construction
-        views = model._look(None, rows, genes=known["genes"], kept=of["kept"])
-        score, _ = against_classes(views, at_depth(known, of["kept"]))
-        assert (score > model.unknown_score(0.9)).mean() == pytest.approx(0.1, abs=1.5 / len(rows))
-    assert torch.equal(state, torch.random.get_rng_state())
-    first, second = (of["scores"]["place"] for of in known["thinned"])
-    between = at_depth(known, np.sqrt(np.prod([of["kept"] for of in known["thinned"]])))
-    np.testing.assert_allclose(between["scores"]["place"], np.mean([first, second], axis=0))
-    own = model.transfer_labels()  # at the same depth nothing is other than it was
-    older = sccvae.model.CVAE(model.adata, n_latent=3, n_hidden=32)
-    older.module, older.is_trained = model.module, True
-    older.reference = model.reference | {"transfer": {k: v for k, v in known.items() if k != "thinned"}}
-    pd.testing.assert_frame_equal(own, older.transfer_labels())
-    few = model.adata.copy()
-    few.X = sparse.csr_matrix(np.eye(20, dtype=np.float32)[np.arange(few.n_obs) % 20])  # one count each
-    assert np.isfinite(model.transfer_labels(few)["outlier_score"]).all()
-    assert "of the reference's counts" in caplog.text
-
-
-def test_a_cell_thinned_to_nothing_has_library_one():
-    few = _transfer._thinned(Batch.of(torch.tensor([[1.0, 2.0], [0.0, 0.0], [1e4, 3e4]])), 1e-3)
-    assert few.x[1].tolist() == [0.0, 0.0]
-    assert few.library[:2].tolist() == [[1.0], [1.0]]
-    assert few.library[2] == few.x[2].sum() < 100
 
 
 def test_gmvae_transfers_by_its_classes():

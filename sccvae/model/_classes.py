@@ -22,8 +22,6 @@ N_COMPONENTS = 30
 SMALLEST_LOG = -1e6
 #: Share of a query's cells that is thought to be of known types: what even they differ by is the technology's.
 LEAST_STRANGE = 0.25
-#: Shares of their counts at which the reference's cells are looked at again, for queries that are shallower.
-KEPT = (1 / 4, 1 / 16)
 #: Bins of the calibration error.
 BINS = 15
 
@@ -99,8 +97,7 @@ def against_classes(
         (n, K), where there is one; ``place``, (n, c), and ``beyond``, (n,), of the genes on their principal axes.
     known
         What :func:`normals` gives, with ``temperatures`` of those views that decide, ``scores``, centre and spread of
-        what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes; at the depth
-        of the cells (:func:`at_depth`).
+        what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes.
     together
         The cells are of one query: what most of them have on the genes' side is taken to be its technology's.
 
@@ -109,65 +106,17 @@ def against_classes(
     The sum of what is strange about a cell, in units of the spread, and the product of the views' probabilities, each
     at its temperature.
     """
-    found, log_q = _found(views, known)
-    if together:
-        for name, quartile in known.get("quartiles", {}).items():
-            found[name] = found[name] - max(0.0, np.quantile(found[name], LEAST_STRANGE) - quartile)
-    score = _total(found, known.get("scores") or {"density": (0.0, 1.0)})
-    if "full_depth" in known:  # on its scale, so that one threshold is for all depths
-        own = known["score_quantiles"]
-        score = np.interp(score, own, known["full_depth"]) + score - np.clip(score, own[0], own[-1])
-    return score, log_q
-
-
-def noted(
-    views: dict[str, np.ndarray], known: dict[str, Any], n_quantiles: int, like: np.ndarray | slice = slice(None)
-) -> dict[str, Any]:
-    """Centre and spread of what is strange about held-out cells (n,), and quantiles; ``like`` says whose."""
-    found = {name: of[like] for name, of in _found(views, known)[0].items()}
-    scores = {n: (float(np.median(v)), max(float(v.std()), 1e-6)) for n, v in found.items()}
-    return {
-        "scores": scores,
-        "quartiles": {n: float(np.quantile(found[n], LEAST_STRANGE)) for n in ("place", "beyond")},
-        "score_quantiles": np.quantile(_total(found, scores), np.linspace(0, 1, n_quantiles)).tolist(),
-    }
-
-
-def at_depth(known: dict[str, Any], share: float) -> dict[str, Any]:
-    """What is known of the classes, for cells of this share of the reference's counts; unchanged from 1 on.
-
-    It lies between what is noted of its cells at two depths, by the logarithm; ``full_depth`` are quantiles at the own.
-    """
-    if not share < 1:
-        return known
-    every, n = known["score_quantiles"], len(known["thinned"][0]["score_quantiles"])
-    fewer = np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(every)), every)
-    steps = [known | {"score_quantiles": fewer, "kept": 1.0}, *known["thinned"]]
-    at = np.interp(-np.log(share), [-np.log(of["kept"]) for of in steps], np.arange(len(steps)))
-    low = min(int(at), len(steps) - 2)
-    here = {name: _between(steps[low][name], of, at - low) for name, of in steps[low + 1].items()}
-    return known | here | {"full_depth": fewer}
-
-
-def _between(a: Any, b: Any, weight: float) -> Any:
-    """Numbers in dicts and lists, so much of the way from a to b."""
-    if isinstance(b, dict):
-        return {name: _between(a[name], of, weight) for name, of in b.items()}
-    return (1 - weight) * np.asarray(a) + weight * np.asarray(b)
-
-
-def _found(views: dict[str, np.ndarray], known: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What :func:`strangeness` gives, and log-probability of each class, (n, K)."""
     density, by_z = by_normals(views["z"], known)
     logs = {"z": by_z} | {name: views[name] for name in ("q", "genes") if name in views}
     # A reference of an earlier version has no temperatures: q alone decides, or the normals.
     temperatures = known.get("temperatures") or {"q" if "q" in logs else "z": 1.0}
     logs = {name: log_softmax(logs[name] / t, axis=1) for name, t in temperatures.items()}
-    return strangeness(density, views, logs, known.get("places")), sum(logs.values())
-
-
-def _total(found: dict[str, np.ndarray], scores: dict[str, tuple[float, float]]) -> np.ndarray:
-    return sum((found[name] - centre) / spread for name, (centre, spread) in scores.items())
+    found = strangeness(density, views, logs, known.get("places"))
+    scores = known.get("scores") or {"density": (0.0, 1.0)}
+    if together:
+        for name, quartile in known.get("quartiles", {}).items():
+            found[name] = found[name] - max(0.0, np.quantile(found[name], LEAST_STRANGE) - quartile)
+    return sum((found[name] - centre) / spread for name, (centre, spread) in scores.items()), sum(logs.values())
 
 
 def strangeness(

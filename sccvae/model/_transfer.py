@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +16,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from sccvae.model._base import evaluating
 from sccvae.model._classes import (
-    KEPT,
+    LEAST_STRANGE,
     against_classes,
-    at_depth,
     by_normals,
     calibrate,
     logistic,
     normals,
-    noted,
     principal_axes,
+    strangeness,
     temperature_of,
 )
 from sccvae.module import Batch
@@ -39,8 +36,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 #: Training cells that the logistic regression on genes learns from at most, and the depth that it sees cells at.
 LEARNS_FROM, DEPTH = 10_000, 1e4
-#: Quantiles kept of the held-out outlier scores, and of those of thinned cells.
-QUANTILES, FEWER_QUANTILES = 1001, 101
+#: Quantiles kept of the held-out outlier scores.
+QUANTILES = 1001
 #: Cells of a query among which neighbours are looked for.
 MOST_CELLS = 20_000
 #: Cells asked about for each neighbour at least: a few cells lie next to cells of other types.
@@ -74,7 +71,7 @@ class TransferMixin:
             Rows (or a mask) of the cells; None for all.
         unknown_threshold
             A cell is called ``"unknown"`` if its outlier score is larger than those of this share of the held-out
-            reference cells, each by itself: the default leaves one in ten cells like them unknown alone, and up to 5 in
+            reference cells, each by itself: the default leaves one in ten cells like them unknown alone, and 1 to 5 in
             a hundred with neighbours. None gives every cell a label. Raise it where a query's technology differs a lot
             from the reference's.
         n_neighbors
@@ -93,9 +90,7 @@ class TransferMixin:
         agree, how far its genes lie from all classes on their principal axes, and how much these leave of them; the
         sum, each in standard deviations of the held-out reference cells from their median, and of that the median over
         its neighbours (unknown above :meth:`unknown_score`). Of the last two what a quarter of the cells asked about
-        exceed the reference's by is taken off, as their technology's, unless each cell is taken by itself. Of counts,
-        all is measured as in reference cells thinned to the median library size of the cells in ``adata``, if that is
-        smaller, down to a sixteenth, and put on the scale of the reference's own depth.
+        exceed the reference's by is taken off, as their technology's, unless each cell is taken by itself.
 
         Raises
         ------
@@ -113,13 +108,6 @@ class TransferMixin:
         known = self._transfer()
         check_sizes(n_neighbors=n_neighbors)
         rows = self._rows(adata, indices)
-        if "thinned" in known:  # it has counts, and is of no earlier version
-            # Of all cells, so that n_neighbors=1 gives each the same whatever others are asked about.
-            share = float(np.median(self._store(adata).cells.library)) / self.reference["library_quantiles"][50]
-            if share < KEPT[-1]:
-                text = "The median cell has %.3f of the reference's counts; below %.3f too many are called unknown."
-                logger.warning(text, share, KEPT[-1])
-            known = at_depth(known, share)
         n_neighbors = min(n_neighbors, len(rows) // CELLS_A_NEIGHBOR)
         bound = np.inf if unknown_threshold is None else self.unknown_score(unknown_threshold)
         axes = None
@@ -200,18 +188,16 @@ class TransferMixin:
         batch_size: int | None = None,
         genes: dict[str, Any] | None = None,
         axes: np.ndarray | None = None,
-        kept: float = 1.0,
     ) -> dict[str, np.ndarray]:
         """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K).
 
         ``place``: their genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,); and
-        ``where`` they are on other axes (c, G). All after counts are ``kept`` with this probability.
+        ``where`` they are on other axes (c, G).
         """
         found: dict[str, list[torch.Tensor]] = {"z": []}
         known = {name: torch.tensor(of, dtype=torch.float32) for name, of in (genes or {}).items()}
         with evaluating(0):
             for batch in self._stream(adata, indices, batch_size):
-                batch = batch if kept == 1 else _thinned(batch, kept)
                 q = self.module.inference(batch)["z"]
                 found["z"].append(q if isinstance(q, torch.Tensor) else q.loc)
                 if hasattr(self.module, "log_q_y"):
@@ -250,15 +236,13 @@ class TransferMixin:
         if not (own >= 0).any():
             logger.warning("No training cell has a label, so there is nothing to transfer.")
             return
-        taught = train[own >= 0], own[own >= 0]
-        known = normals(views["z"][own >= 0], taught[1], len(names)) | {"classes": names, "temperature": 1.0}
-        known |= self._learn_genes(*taught, len(names))
+        known = normals(views["z"][own >= 0], own[own >= 0], len(names)) | {"classes": names, "temperature": 1.0}
+        known |= self._learn_genes(train[own >= 0], own[own >= 0], len(names))
         if len(held_out):
             own = codes[held_out]
         else:
             logger.warning("No cells were held out, so the probabilities of transferred labels are not calibrated.")
-        rows = held_out if len(held_out) else train
-        views = self._look(None, rows, genes=known["genes"])
+        views = self._look(None, held_out if len(held_out) else train, genes=known["genes"])
         # Where all cells of a class are held out, nothing is known of it: any probability of it would be wrong.
         with_cells = np.minimum(known["shares"], known["places"]["shares"]) > 0
         seen = (own >= 0) & with_cells[own]
@@ -268,14 +252,18 @@ class TransferMixin:
                 sorted({names[k] for k in own[~seen] if k >= 0}),
                 (own[~seen] >= 0).sum(),
             )
-        _, by_z = by_normals(views["z"], known)
+        density, by_z = by_normals(views["z"], known)
         logs = {"z": by_z} | {name: views[name] for name in ("q", "genes") if name in views}
         fitted = len(held_out) > 0 and seen.any()
         known["temperatures"] = {n: temperature_of(v[seen], own[seen]) if fitted else 1.0 for n, v in logs.items()}
+        logs = {name: log_softmax(v / known["temperatures"][name], axis=1) for name, v in logs.items()}
+        found = strangeness(density, views, logs, known["places"])
         # A cell without a label may be of a class that no label names, unless every cell has a component.
         like = np.ones_like(seen) if "q" in views or not seen.any() else seen
-        known |= noted(views, known, QUANTILES, like)
-        _, log_q = against_classes(views, known)
+        known["scores"] = {n: (float(np.median(v[like])), max(float(v[like].std()), 1e-6)) for n, v in found.items()}
+        known["quartiles"] = {n: float(np.quantile(found[n][like], LEAST_STRANGE)) for n in ("place", "beyond")}
+        scores, log_q = against_classes(views, known)
+        known["score_quantiles"] = np.quantile(scores[like], np.linspace(0, 1, QUANTILES)).tolist()
         if fitted:
             known |= calibrate(log_q[seen], own[seen])
             logger.info(
@@ -284,26 +272,7 @@ class TransferMixin:
                 *(known[name] for name in _SCORES),
                 known["temperature"],
             )
-        if self.module.likelihood.support == "counts":
-            some = np.flatnonzero(like)[_some(like.sum(), LEARNS_FROM)]
-            others = rows[some], np.where(seen & fitted, own, -1)[some]
-            some = some_of_each(np.arange(len(taught[0])), taught[1], LEARNS_FROM, 0)
-            taught = taught[0][some], taught[1][some]
-            known["thinned"] = [self._at_share(kept, known, taught, others) for kept in KEPT]
         self.reference["transfer"] = known
-
-    def _at_share(self, kept: float, known: dict[str, Any], *cells: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        """For :func:`at_depth`, of training and held-out cells (rows, classes) with this share of counts ``kept``."""
-        n, (train, held_out) = len(known["classes"]), cells
-        views = self._look(None, train[0], genes=known["genes"], kept=kept)
-        found = normals(views["z"], train[1], n) | {"places": normals(views["place"], train[1], n)}
-        views, codes = self._look(None, held_out[0], genes=known["genes"], kept=kept), held_out[1]
-        found |= noted(views, known | found, FEWER_QUANTILES) | {"kept": kept}
-        if (codes >= 0).any():
-            _, log_q = against_classes(views, known | found)
-            found["temperature"] = temperature_of(log_q[codes >= 0], codes[codes >= 0])
-        # Six digits: less to save.
-        return json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.6g}"))
 
     def _label_codes(self) -> np.ndarray | None:
         """Class of each cell of the training data, (n,) int64, -1 for none; None without ``labels_key``."""
@@ -329,14 +298,6 @@ class TransferMixin:
     def _genes_of(self, adata: AnnData | None, rows: np.ndarray) -> csr_matrix:
         """:meth:`_genes` of these cells."""
         return vstack([csr_matrix(self._genes(batch).cpu().numpy()) for batch in self._stream(adata, rows)], "csr")
-
-
-def _thinned(batch: Batch, kept: float) -> Batch:
-    """Cells of which each count is kept with this probability; as elsewhere the library of an empty one is 1."""
-    x = batch.dense
-    few = torch.binomial(x, torch.full_like(x, kept))
-    share = few.sum(1, keepdim=True) / x.sum(1, keepdim=True).clamp(min=1)
-    return replace(batch, x=few, library=(batch.library * share).clamp(min=1))
 
 
 def _of_neighbors(score: np.ndarray, where: np.ndarray, n_neighbors: int) -> np.ndarray:
