@@ -16,8 +16,10 @@ STEP, START, END = 0.0125, -2.0, 3.0
 GRID = np.arange(START + STEP / 2, END, STEP)
 #: Where the peak of each cluster is looked for.
 SIDES = abs(GRID) <= 0.5, abs(GRID - 1) <= 0.5
-#: Narrowest normal that a cell is spread over, on the same scale, and the widest: all places are alike to it.
-NARROWEST, WIDEST = 0.05, END - START
+#: Narrowest normal that a cell is spread over, on the same scale.
+NARROWEST = 0.05
+#: Distance of the medians, in standard deviations of all, below which nothing can lie in between.
+NEAREST = 1e-3
 
 
 def valley(a: np.ndarray, b: np.ndarray) -> float:
@@ -64,7 +66,7 @@ def _height(a: list[_Half], b: list[_Half]) -> float:
         line = _discriminant(a[own], b[own])
         at = [half[1 - own].x @ line for half in (a, b)]
         start, end = map(np.median, at)
-        if end <= start:
+        if end - start <= NEAREST * np.concatenate(at).std():
             return 1.0
         for some, x in zip(looked_at, at, strict=True):
             some.append((x - start) / (end - start))
@@ -83,7 +85,7 @@ def _discriminant(a: _Half, b: _Half) -> np.ndarray:
 
 def _density(at: np.ndarray) -> np.ndarray:
     """Density of positions at those of the grid: cells are counted in steps, and these spread over a normal each."""
-    width = np.clip(1.06 * at.std() * len(at) ** -0.2, NARROWEST, WIDEST)
+    width = max(1.06 * at.std() * len(at) ** -0.2, NARROWEST)
     counts = np.bincount(((at[(at >= START) & (at < END)] - START) / STEP).astype(int), minlength=len(GRID))
     return gaussian_filter1d(counts / len(at), width / STEP, mode="constant")
 
