@@ -219,8 +219,9 @@ class DifferentialMixin:
             estimate, error, scale1, scale2 = _estimates(both, pseudocounts, counts)
             # a gene near the pseudocounts shows a part of what all have in common
             share = (scale1 + scale2) / (scale1 + scale2 + 2 * pseudocounts) if counts else 1.0
-            # none where any change counts: of two groups some gene is always above
-            shifts.append(common_shift(estimate, error, share) if mode == "change" and delta else 0.0)
+            # none where any change counts: of two groups some gene is always above; nor of values that are no shares
+            shrunk = counts and mode == "change" and delta
+            shifts.append(common_shift(estimate, error, share) if shrunk else 0.0)
             draws = posterior_draws(estimate, error, n_samples_overall, rng, shifts[-1] * share)
             columns = _change(draws, delta) if mode == "change" else _vanilla(draws)
             columns |= {"lfc_raw": estimate, "lfc_error": error} if mode == "change" else {}
