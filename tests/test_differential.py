@@ -188,6 +188,13 @@ def test_genes_have_nothing_in_common_by_chance(n, changed, spread):
     assert [common_shift(*noisy(seed, 0, n, changed, spread)[1:]) for seed in range(10)] == [0.0] * 10
 
 
+def test_few_genes_that_all_change_have_little_in_common():
+    """The penalty of the prior's weights, ten genes at zero, must not make a common change of them."""
+    rng = np.random.default_rng(0)
+    shifts = [common_shift(rng.normal(0, 1, 20), np.full(20, 0.15)) for _ in range(40)]
+    assert np.mean(np.abs(shifts) > 0) <= 0.1
+
+
 def test_the_shift_is_that_of_unchanged_genes():
     """Not of those that all rise, though these are more; nor of genes near the pseudocounts, that show less."""
     rng = np.random.default_rng(0)

@@ -58,8 +58,9 @@ def common_shift(estimate: np.ndarray, error: np.ndarray, share: np.ndarray | fl
 
     Each estimate counts as a normal as wide as its error, so the sure ones tell most. Their mode, unlike the best
     ``centre`` of a symmetric prior, stays with the unchanged genes where many others all rise. It must explain the
-    estimates better than 0 does, by the log of their number in the log-likelihood (half of it is the price of a number
-    in the BIC).
+    estimates better than 0 does: in the log-likelihood by twice the log of their number, four times what the BIC asks
+    for a number, as it was picked from many. Of 20 genes that all change at random it is taken in one case of ten or
+    fewer.
 
     Parameters
     ----------
@@ -80,14 +81,14 @@ def common_shift(estimate: np.ndarray, error: np.ndarray, share: np.ndarray | fl
     density = [(np.exp(-0.5 * ((at - x) / width) ** 2) / width).sum() for x in grid]
     shift = grid[np.argmax(density)]
     gain = _fit(estimate - shift * share, error, 1e-4)[2] - _fit(estimate, error, 1e-4)[2]
-    return float(shift) if gain > np.log(len(estimate)) else 0.0
+    return float(shift) if gain > 2 * np.log(len(estimate)) else 0.0
 
 
 def _fit(estimate: np.ndarray, error: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray, float]:
     """The prior around zero.
 
     Its standard deviations; weight of each times likelihood of each gene, up to a factor for each gene, (G,
-    n_components); and the penalised log-likelihood.
+    n_components); and the log-likelihood.
     """
     smallest = error.min() / 10
     largest = max(2 * np.sqrt(max((estimate**2 - error**2).max(), 0.0)), 8 * smallest)
@@ -104,8 +105,7 @@ def _fit(estimate: np.ndarray, error: np.ndarray, tolerance: float) -> tuple[np.
         moved, weight = np.abs(new - weight).max(), new
         if moved < tolerance:
             break
-    value = (highest[:, 0] + np.log(likelihood @ weight)).sum() + (AT_ZERO - 1) * np.log(weight[0])
-    return sd, weight * likelihood, value
+    return sd, weight * likelihood, (highest[:, 0] + np.log(likelihood @ weight)).sum()
 
 
 def expected_fdr(proba: np.ndarray) -> np.ndarray:
