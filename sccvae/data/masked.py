@@ -35,6 +35,8 @@ class MaskedStore(CellStore):
     depth
         Library size that the stand-ins belong to, where the encoder sees counts relative to the library size; else
         None.
+    usual
+        What cells have of each feature in the mean, (G,) float32; None for the stand-ins.
     """
 
     def __init__(
@@ -44,10 +46,12 @@ class MaskedStore(CellStore):
         stand_in: np.ndarray,
         labels: np.ndarray | None = None,
         depth: float | None = None,
+        usual: np.ndarray | None = None,
     ) -> None:
         super().__init__(cells, labels)
         self.present, self.depth = torch.from_numpy(present), depth
         self.stand_in = torch.from_numpy(np.asarray(stand_in, dtype=np.float32))
+        self.usual = self.stand_in if usual is None else torch.from_numpy(np.asarray(usual, dtype=np.float32))
 
     @property
     def n_features(self) -> int:
@@ -57,13 +61,18 @@ class MaskedStore(CellStore):
     def subset(self, rows: np.ndarray) -> MaskedStore:
         """These rows, in memory."""
         some = super().subset(rows)
-        return MaskedStore(some.cells, self.present.numpy(), self.stand_in.numpy(), some.labels, self.depth)
+        known = self.present.numpy(), self.stand_in.numpy(), some.labels, self.depth, self.usual.numpy()
+        return MaskedStore(some.cells, *known)
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """As :meth:`CellStore.gather`, with ``present`` (n, G) bool; where it is false, ``x`` has the stand-in."""
+        """As :meth:`CellStore.gather`, with ``present`` (n, G) bool; where it is false, ``x`` has the stand-in.
+
+        And with ``usual``, (n, G) float32.
+        """
         tensors = super().gather(rows)
         x = self.stand_in.repeat(len(rows), 1)
         if self.depth is not None:
             x = x * (tensors["library"] / self.depth)
         x[:, self.present] = dense(tensors["x"])
-        return tensors | {"x": x, "present": self.present.expand(len(rows), -1)}
+        masked = {"present": self.present.expand(len(rows), -1), "usual": self.usual.expand(len(rows), -1)}
+        return tensors | {"x": x} | masked

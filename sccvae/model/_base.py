@@ -334,7 +334,7 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         self.module.eval()
         for chunk in ChunkLoader(store, rows, batch_size or inference_batch(store.n_features)):
             for tensors in chunk:
-                yield Batch.on(self.module.device, tensors)
+                yield self.module.completed(Batch.on(self.module.device, tensors))
 
 
 def inference_batch(n_features: int) -> int:

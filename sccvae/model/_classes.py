@@ -93,8 +93,9 @@ def against_classes(
     Parameters
     ----------
     views
-        ``z``, (n, d); ``genes``, the scores of the classes by logistic regression, (n, K), and ``q``, log q(y|.),
-        (n, K), where there is one; ``place``, (n, c), and ``beyond``, (n,), of the genes on their principal axes.
+        ``z``, (n, d); ``genes``, the scores of the classes by logistic regression, (n, K), ``drawn``, the same with
+        genes that were not measured drawn, and ``q``, log q(y|.), (n, K), where there is one; ``place``, (n, c), and
+        ``beyond``, (n,), of the genes on their principal axes.
     known
         What :func:`normals` gives, with ``temperatures`` of those views that decide, ``scores``, centre and spread of
         what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes.
@@ -111,7 +112,8 @@ def against_classes(
     # A reference of an earlier version has no temperatures: q alone decides, or the normals.
     temperatures = known.get("temperatures") or {"q" if "q" in logs else "z": 1.0}
     logs = {name: log_softmax(logs[name] / t, axis=1) for name, t in temperatures.items()}
-    found = strangeness(density, views, logs, known.get("places"))
+    drawn = {"drawn": log_softmax(views["drawn"] / temperatures["genes"], axis=1)} if "drawn" in views else {}
+    found = strangeness(density, views, logs | drawn, known.get("places"))
     scores = known.get("scores") or {"density": (0.0, 1.0)}
     if together:
         for name, quartile in known.get("quartiles", {}).items():
@@ -130,8 +132,8 @@ def strangeness(
     """
     found = {"density": density}
     if "genes" in views:
-        found["energy"] = -logsumexp(views["genes"], axis=1)
-        found["disagreement"] = -logsumexp(logs["z"] + logs["genes"], axis=1)
+        found["energy"] = -logsumexp(views.get("drawn", views["genes"]), axis=1)
+        found["disagreement"] = -logsumexp(logs["z"] + logs.get("drawn", logs["genes"]), axis=1)
     if places is not None:
         found |= {"place": by_normals(views["place"], places)[0], "beyond": views["beyond"]}
     return found

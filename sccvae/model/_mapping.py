@@ -281,7 +281,8 @@ class MappingMixin(TransferMixin):
             cells.library = (cells.library * (means.sum() / means[present].sum())).astype(np.float32)
         likelihood = self.module.likelihood
         depth = float(likelihood.depth) if hasattr(likelihood, "depth") else None
-        return MaskedStore(cells, present, self.reference["gene_stand_ins"], depth=depth)
+        known = self.reference["gene_stand_ins"], self.reference["gene_means"]
+        return MaskedStore(cells, present, known[0], depth=depth, usual=known[1])
 
     def _attach(self, adata: AnnData) -> None:
         if self.is_query:

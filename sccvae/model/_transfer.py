@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -191,28 +192,39 @@ class TransferMixin:
     ) -> dict[str, np.ndarray]:
         """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K).
 
-        ``place``: their genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,); and
-        ``where`` they are on other axes (c, G).
+        ``drawn``: class scores with the noise of measured cells, where genes were not measured and have a mean in
+        ``genes``. ``place``: genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,),
+        both with that noise. ``where``: genes on other axes (c, G).
         """
-        found: dict[str, list[torch.Tensor]] = {"z": []}
+        found: dict[str, list[torch.Tensor]] = {}
+
+        def note(name: str, of: torch.Tensor) -> None:
+            found.setdefault(name, []).append(of)
+
         known = {name: torch.tensor(of, dtype=torch.float32) for name, of in (genes or {}).items()}
         with evaluating(0):
             for batch in self._stream(adata, indices, batch_size):
                 q = self.module.inference(batch)["z"]
-                found["z"].append(q if isinstance(q, torch.Tensor) else q.loc)
+                z = q if isinstance(q, torch.Tensor) else q.loc
+                note("z", z)
                 if hasattr(self.module, "log_q_y"):
-                    found.setdefault("q", []).append(self.module.classify(batch, log=True))
+                    note("q", self.module.classify(batch, log=True))
                 if not known and axes is None:
                     continue
-                x = self._genes(batch).cpu()
+                x = drawn = self._genes(batch).cpu()
+                if batch.present is not None and z is not q:
+                    draws = self.module.generative({"z": z}, batch).sample()
+                    drawn = self._genes(replace(batch, x=torch.where(batch.present, batch.dense, draws))).cpu()
                 if "weights" in known:
-                    found.setdefault("genes", []).append(x @ known["weights"].T + known["intercepts"])
+                    note("genes", x @ known["weights"].T + known["intercepts"])
+                    if drawn is not x:
+                        note("drawn", drawn @ known["weights"].T + known["intercepts"])
                 if "axes" in known:
-                    place = x @ known["axes"].T
-                    found.setdefault("place", []).append(place)
-                    found.setdefault("beyond", []).append(x.square().sum(1) - place.square().sum(1))
+                    place = drawn @ known["axes"].T
+                    note("place", place)
+                    note("beyond", drawn.square().sum(1) - place.square().sum(1))
                 if axes is not None:
-                    found.setdefault("where", []).append(x @ torch.from_numpy(axes).T)
+                    note("where", x @ torch.from_numpy(axes).T)
         return {name: torch.cat(parts).double().cpu().numpy() for name, parts in found.items()}
 
     def _genes(self, batch: Batch) -> torch.Tensor:

@@ -38,6 +38,8 @@ class Batch:
     present
         Which features were measured, (n, G) bool, each row the same: the others hold a stand-in for the encoder and do
         not count in p(x|...). None if all were.
+    usual
+        With ``present``: what cells have of each feature in the mean, (n, G), each row the same.
     read
         A likelihood and what an encoder reads of x by it (``encoder_input``), once that was made.
     """
@@ -48,6 +50,7 @@ class Batch:
     library: Tensor
     labels: Tensor | None = None
     present: Tensor | None = None
+    usual: Tensor | None = None
     read: tuple[Likelihood | None, Any] = field(default=(None, None), init=False, repr=False, compare=False)
 
     @classmethod
@@ -137,6 +140,26 @@ class GenerativeModule(nn.Module, ABC):
     @abstractmethod
     def generative(self, latents: dict[str, Tensor], batch: Batch) -> Observation:
         """Give p(x | latents, conditions) for latents (..., n, d)."""
+
+    @torch.no_grad()
+    def completed(self, batch: Batch) -> Batch:
+        """With stand-ins for each cell where features were not measured; the batch itself if all were.
+
+        The same ones for all cells draw z to the middle. A first z, by these, tells what the cell has of the feature
+        (Rezende et al. 2014, appendix F, in one step with means in place of draws). Of counts an encoder reads the
+        logarithm, so the stand-in, which is right for its mean, is multiplied by what the cell has more than usual.
+        """
+        if batch.present is None:
+            return batch
+        training = self.training
+        self.eval()
+        z = {name: q if isinstance(q, Tensor) else q.loc for name, q in self.inference(batch).items()}
+        x = self.generative(z, batch).mean
+        self.train(training)
+        if self.likelihood.support == "counts":
+            share, usual = (of / of.sum(-1, keepdim=True) for of in (x, batch.usual))
+            x = batch.dense * share / usual.clamp(min=1e-12)
+        return replace(batch, x=torch.where(batch.present, batch.dense, x))
 
     @abstractmethod
     def elbo_terms(self, batch: Batch) -> dict[str, Tensor]:

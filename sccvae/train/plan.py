@@ -115,7 +115,7 @@ class TrainingPlan(LightningModule):
         self, tensors: dict[str, Tensor], kl_weight: float | Tensor, late: float | Tensor, optimizer: Any
     ) -> None:
         """One optimiser step."""
-        batch = Batch(**tensors)
+        batch = self.module.completed(Batch(**tensors))
         objective, report = self.module.loss(batch, kl_weight=kl_weight, late=late)
         for group in optimizer.param_groups:  # as optimizer.zero_grad(), but for its books: a fiftieth of a step
             for weight in group["params"]:
@@ -144,7 +144,7 @@ class TrainingPlan(LightningModule):
             self._counts["validation"] += len(tensors["x"])
 
     def _look(self, tensors: dict[str, Tensor]) -> None:
-        batch = Batch(**tensors)
+        batch = self.module.completed(Batch(**tensors))
         self._add("validation", self.module.loss(batch, kl_weight=self.schedule.kl_weight)[1], len(batch))
 
     def on_train_start(self) -> None:
