@@ -82,6 +82,38 @@ def test_parts_agree_with_the_rank_of_a_linear_model():
     assert min(seen.values()) > 20
 
 
+def test_a_few_cells_hardly_tell():
+    batch = pd.Series(np.repeat(["b1", "b2"], 300), name="batch")
+    other = pd.Series(np.repeat(["ctrl", "stim"], 300), name="treatment")
+    other.iloc[0], other.iloc[599] = "stim", "ctrl"
+    found = confounding(batch, other)
+    assert "split the cells in the same way, but for 2 of 600 cells (ctrl only in b1; stim only in b2)" in found
+    assert "can hardly be told" in found
+    other.iloc[:6] = "stim"
+    assert confounding(batch, other) is None
+    rare = pd.Series(np.repeat(["T", "B"], 300), name="type")
+    rare.iloc[[0, 400]] = "rare"  # few cells, but all of a type
+    rare.iloc[150:300], rare.iloc[450:] = "B", "T"
+    assert confounding(batch, rare) is None
+
+
+def test_numbers_that_follow_the_batch():
+    adata = toy_counts()
+    rng = np.random.default_rng(0)
+    adata.obs["dose"] = (adata.obs["batch"] == "a") * 10 + rng.normal(0, 0.1, adata.n_obs)
+    adata.obs["age"] = (adata.obs["batch"] == "a") * 10 + rng.normal(0, 5, adata.n_obs)
+    with pytest.warns(UserWarning, match=r"'dose' hardly varies within 'batch' \(0.0% of its variance\)") as caught:
+        CVAE.setup_anndata(adata, batch_key="batch", continuous_covariate_keys=["dose", "age"])
+    assert "'age'" not in str(caught[0].message)
+
+
+def test_covariates_without_a_batch():
+    adata = toy_counts()
+    adata.obs["treatment"] = adata.obs["batch"].map({"a": "ctrl", "b": "stim"})
+    with pytest.warns(UserWarning, match="'batch' and 'treatment' split the cells in the same way"):
+        CVAE.setup_anndata(adata, categorical_covariate_keys=["batch", "treatment"])
+
+
 def test_setup_says_it_once_and_goes_on():
     adata = toy_counts()
     adata.obs["treatment"] = adata.obs["batch"].map({"a": "ctrl", "b": "stim"})
@@ -93,7 +125,8 @@ def test_setup_says_it_once_and_goes_on():
     assert caught[0].filename == __file__
     message = str(caught[0].message)
     assert "'lane' is nested in 'batch'" in message
-    assert "donor'" not in message
+    assert "'lane' is nested in 'donor'" in message
+    assert "'batch' and 'donor'" not in message
     assert CVAE(adata, n_latent=2, n_hidden=4).schema.n_categories == (2, 3, 2, 6)
 
 

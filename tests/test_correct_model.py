@@ -36,6 +36,7 @@ def test_scales(model):
     model.correct(transform_batch="all", library_size="latent", dtype="float64")
     wanted = decode(model, transform_batch=["a", "b"], library_size="latent")
     np.testing.assert_allclose(adata.layers["corrected"], wanted, rtol=1e-5)
+    np.testing.assert_array_equal(decode(model, transform_batch="all", library_size="latent"), wanted)
     np.testing.assert_allclose(adata.layers["corrected"].sum(1), np.asarray(adata.X.sum(1)).ravel(), rtol=1e-4)
     assert adata.layers["corrected"].dtype == np.float64
     assert adata.uns["corrected"]["transform_batch"] == ["a", "b"]
@@ -104,6 +105,7 @@ def test_on_disk(model, suffix, tmp_path):
     for key in ("corrected", "corrected_sd"):
         del model.adata.layers[key]
     del model.adata.uns["corrected"]
+    model.correct(key_added="earlier")
     model.correct(out=tmp_path / f"x{suffix}", **options)
     assert "corrected" not in model.adata.layers
     assert "corrected" not in model.adata.uns
@@ -113,6 +115,8 @@ def test_on_disk(model, suffix, tmp_path):
         np.testing.assert_allclose(found.layers[key], layers[key], rtol=1e-5)
     assert list(found.uns["corrected"]["transform_batch"]) == ["b"]
     assert list(found.obs_names) == list(model.adata.obs_names)
+    assert not [key for part in (found.obs, found.obsm, found.uns) for key in part if key.startswith("_scvi")]
+    assert "earlier" not in found.uns
     with pytest.raises(FileExistsError):
         model.correct(out=tmp_path / f"x{suffix}", **options)
 

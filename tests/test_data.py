@@ -16,7 +16,7 @@ from scipy import sparse
 from sccvae import _rows
 from sccvae.data import Cells, CellStore, ChunkLoader, Schema, read_cells, split_indices
 from sccvae.data import store as store_module
-from sccvae.data.categories import is_label, match
+from sccvae.data.categories import is_label, match, of_cells
 from sccvae.data.read import check_support
 from sccvae.model import CVAE
 
@@ -155,6 +155,36 @@ def test_genes_in_another_order_or_among_others(adata, make):
         cells = read_cells(shuffled, schema)
         np.testing.assert_array_equal(dense(cells.x), wanted)
         np.testing.assert_array_equal(cells.library[:, 0], wanted.sum(1))  # of the model's genes only
+
+
+def test_one_cell_of_each_class_trains():
+    for seed in range(20):
+        plain = split_indices(60, 0.9, seed=seed)
+        classes = np.full(60, -1)
+        classes[[plain[1][0], plain[1][1], plain[0][3]]] = 2, 0, 1
+        parts = split_indices(60, 0.9, seed=seed, classes=classes)
+        assert set(classes[parts[0]]) == {-1, 0, 1, 2}
+        assert [len(p) for p in parts] == [54, 6, 0]
+        assert sorted(np.concatenate(parts)) == list(range(60))
+        assert len(np.setdiff1d(plain[0], parts[0])) == 2
+        classes[:] = np.arange(60) % 2  # enough of each: nothing changes
+        for one, other in zip(plain, split_indices(60, 0.9, seed=seed, classes=classes), strict=True):
+            assert np.array_equal(one, other)
+    crowded = split_indices(4, 0.5, classes=np.arange(4))  # no room for all
+    assert [len(p) for p in crowded] == [2, 2, 0]
+    named = split_indices(4, 0.5, classes=np.array([0, 0, 1, 1]))
+    assert len(np.unique(np.array([0, 0, 1, 1])[named[0]])) == 2
+
+
+def test_values_of_cells_by_name():
+    names = pd.Index(["a", "b", "c"])
+    for values in (pd.Series([3, 1, 2], index=["c", "a", "b"]), pd.Series([1, 2, 3]), [1, 2, 3]):
+        assert list(of_cells(values, names, "guide")) == [1, 2, 3]
+    for index in (["a", "b", "x"], ["a", "b", "b"]):
+        with pytest.raises(ValueError, match=r"guide is a Series whose index .* is not that of the cells.*to_numpy"):
+            of_cells(pd.Series([1, 2, 3], index=index), names, "guide")
+    with pytest.raises(ValueError, match="guide has 2 values for 3 cells"):
+        of_cells([1, 2], names, "guide")
 
 
 def test_missing_genes_are_named(adata):

@@ -188,6 +188,13 @@ def test_genes_have_nothing_in_common_by_chance(n, changed, spread):
     assert [common_shift(*noisy(seed, 0, n, changed, spread)[1:]) for seed in range(10)] == [0.0] * 10
 
 
+def test_a_column_of_numbers_is_no_groups():
+    model = make(CVAE, toy_for("cvae-nb"))
+    model.adata.obs["score"] = np.arange(model.adata.n_obs) / 7
+    with pytest.raises(ValueError, match=r"obs\['score'\] has 48 values for 48 cells: no groups. Cut it"):
+        model.differential_expression(groupby="score")
+
+
 def test_few_genes_that_all_change_have_little_in_common():
     """The penalty of the prior's weights, ten genes at zero, must not make a common change of them."""
     rng = np.random.default_rng(0)

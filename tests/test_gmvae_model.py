@@ -373,15 +373,19 @@ def test_a_guide_is_a_column_or_an_array():
     holes = np.where(codes == 2, np.nan, codes)
     np.testing.assert_array_equal(model._guide_labels(holes), [[0, 1, -1, 2, 3][c] for c in codes])
     taught = make(adata, setup={"labels_key": "class"}, train=False)
-    named = np.array(["new", "E"], dtype=object)[codes % 2]  # classes come first, in their order
-    np.testing.assert_array_equal(taught._guide_labels(named), np.where(codes % 2, 4, 5))
+    named = np.array(["new", "E"], dtype=object)[codes % 2]
+    np.testing.assert_array_equal(taught._guide_labels(named), codes)  # what is known stays
+    adata.obs["first"] = adata.obs["class"].astype(object).where(codes < 2)
+    half = make(adata, setup={"labels_key": "first"}, train=False)
+    numbers = np.array(["9", "8", "7", "7", "B"], dtype=object)[codes]  # of class A, of B, of none, and B by its name
+    numbers[np.flatnonzero(codes == 0)[:3]] = "8"
+    np.testing.assert_array_equal(half._guide_labels(numbers), np.array([0, 1, 2, 2, 1])[codes])
+    shuffled = adata.obs["class"].sample(frac=1, random_state=0)
+    np.testing.assert_array_equal(model._guide_labels(shuffled), codes)  # by the names of the cells
     adata.obs["number"] = codes.astype(int)
     numbered = make(adata, setup={"labels_key": "number"}, train=False)
     for guide in (codes.astype(float), codes.astype(str), list(codes)):  # the same classes, by value
         np.testing.assert_array_equal(numbered._guide_labels(guide), codes)
-    np.testing.assert_array_equal(
-        numbered._guide_labels(np.where(codes == 2, 7.5, holes)), np.where(codes == 2, 5, codes)
-    )
 
 
 def test_guides_that_cannot_be_used_raise():
@@ -389,9 +393,9 @@ def test_guides_that_cannot_be_used_raise():
     model = make(adata, train=False, n_components=3)
     for guide, error, message in [
         ("kind", KeyError, "guide='kind': there is no adata.obs"),
-        (["a", "b"], ValueError, "guide has 2 values, adata 60 cells"),
+        (["a", "b"], ValueError, "guide has 2 values for 60 cells"),
         (np.full(60, np.nan), ValueError, "guide has no value at all"),
-        ("class", ValueError, "guide has 5 clusters, n_components=3; make it at least that"),
+        ("class", ValueError, "guide has 5 clusters, n_components=3; make it at least 5"),
     ]:
         with pytest.raises(error, match=message):
             model.train(max_epochs=1, guide=guide, **FAST)
@@ -638,7 +642,7 @@ def test_a_training_that_fails_leaves_a_trained_model_as_it_was():
         model.sample(3)
 
 
-def test_time_that_is_over_between_phases_is_no_interruption(monkeypatch):
+def test_time_that_is_over_between_phases_is_no_interruption(monkeypatch, caplog):
     slow = mixture._guide_rows
     monkeypatch.setattr(mixture, "_guide_rows", lambda *given: (time.sleep(4), slow(*given))[1])
     adata = make_cells()
@@ -646,3 +650,4 @@ def test_time_that_is_over_between_phases_is_no_interruption(monkeypatch):
     model.train(max_epochs=2, max_time={"seconds": 3}, **FAST)
     assert model.is_trained
     assert not model.was_interrupted
+    assert "ended before its guided phase, so no component has its place yet" in caplog.text

@@ -143,7 +143,7 @@ def test_columns_of_genes_on_disk(tmp_path, caplog, monkeypatch):
 # The choice
 
 
-def test_the_path_is_chosen_by_the_free_memory_and_logged(tmp_path, caplog, monkeypatch):
+def test_the_path_is_chosen_by_the_free_memory_and_told(tmp_path, caplog, monkeypatch, capsys):
     adata = toy_counts()
     other = on_disk(adata, "backed", tmp_path)
     needed = 8 * adata.X.nnz + 8 * N
@@ -157,6 +157,9 @@ def test_the_path_is_chosen_by_the_free_memory_and_logged(tmp_path, caplog, monk
             assert isinstance(read_cells(other, schema_of(adata), "auto").x, matrix)
         assert words in caplog.text
         assert "0.00 GB are free" in caplog.text
+        assert not capsys.readouterr().err
+        read_cells(other, schema_of(adata), "auto")  # and nobody reads a log
+        assert words in capsys.readouterr().err
     monkeypatch.setattr("sccvae.data.ondisk.free_memory", lambda: 10)
     assert sparse.issparse(read_cells(other, schema_of(adata), "memory").x)
     assert sparse.issparse(read_cells(adata, schema_of(adata), "disk").x)  # what is in memory stays there

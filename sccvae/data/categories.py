@@ -57,6 +57,25 @@ def obs_column(adata: AnnData, key: str, argument: str = "") -> pd.Series:
     return adata.obs[key]
 
 
+def of_cells(values: Any, names: pd.Index, what: str) -> Any:
+    """A user's values of cells (n,), in the order of the cells' ``names``: a Series by its index, others as they are.
+
+    A Series that is merely numbered has values in order, too.
+    """
+    if isinstance(values, pd.Series) and not isinstance(values.index, pd.RangeIndex) and not values.index.equals(names):
+        if not values.index.is_unique or len(names.difference(values.index)):
+            msg = (
+                f"{what} is a Series whose index {list(values.index[:3])}... is not that of the cells, "
+                f"{list(names[:3])}...: give it adata.obs_names, or pass `.to_numpy()` if its order is theirs."
+            )
+            raise ValueError(msg)
+        values = values.reindex(names)
+    if len(values) != len(names):
+        msg = f"{what} has {len(values)} values for {len(names)} cells."
+        raise ValueError(msg)
+    return values
+
+
 def check_filled(column: pd.Series, cells: str = "cells", instead: str = "unknown") -> None:
     """Refuse a column of ``obs`` with missing values, for these ``cells``; what could stand there ``instead``."""
     missing = int(column.isna().sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from anndata import AnnData
 
 from sccvae.data.categories import check_filled, check_plain, is_label, obs_column
-from sccvae.data.confounding import confounding
+from sccvae.data.confounding import confounding, follows
 
 #: Genes for each cell above which networks lose types, and genes that are few enough whatever the cells. Of 1,000
 #: simulated cells 0.88, 0.79 and 0.64 of the neighbours are of the same type with 5,000, 8,000 and 15,000 genes (in
@@ -82,9 +83,9 @@ def check_setup(
     Warns
     -----
     UserWarning
-        If a categorical covariate or the labels cannot be told from the batch; see :func:`confounding`. If there are
-        many genes for so few cells. If a class is called as if it were none ("Unknown"), and if a covariate varies too
-        little for its size.
+        If a covariate or the labels cannot be told from the batch, or two categorical covariates from each other; see
+        :func:`confounding`. If there are many genes for so few cells. If a class is called as if it were none
+        ("Unknown"), and if a covariate varies too little for its size.
     """
     check_anndata(adata)
     check_no_view(adata)
@@ -121,7 +122,8 @@ def check_setup(
             "layer= and batch_key= as here)."
         )
         warnings.warn(msg, UserWarning, stacklevel=3)
-    _warn_of_confounding(adata, batch_key, labels_key, categorical_covariate_keys, unlabeled_category)
+    keys = batch_key, labels_key, categorical_covariate_keys, continuous_covariate_keys
+    _warn_of_confounding(adata, *keys, unlabeled_category)
 
 
 def _check_values(adata: AnnData, layer: str | None) -> None:
@@ -176,16 +178,18 @@ def _warn_of_confounding(
     batch_key: str | None,
     labels_key: str | None,
     categorical_covariate_keys: Sequence[str] | None,
+    continuous_covariate_keys: Sequence[str] | None,
     unlabeled_category: str | None,
 ) -> None:
-    """Say, in one warning, which columns of the set-up cannot be told from the batch."""
-    if batch_key is None:
-        return
-    columns = {key: adata.obs[key] for key in categorical_covariate_keys or ()}
-    if labels_key is not None:
-        labels = adata.obs[labels_key].astype(object)
-        columns[labels_key] = labels.where(is_label(labels, unlabeled_category))
-    found = [confounding(adata.obs[batch_key], column) for key, column in columns.items() if key != batch_key]
+    """Say, in one warning, which columns of the set-up cannot be told from the batch, or from each other."""
+    obs = adata.obs
+    keys = [key for key in dict.fromkeys([batch_key, *(categorical_covariate_keys or ())]) if key is not None]
+    found = [confounding(obs[a], obs[b]) for a, b in combinations(keys, 2)]
+    if batch_key is not None:
+        if labels_key not in (None, batch_key):
+            labels = obs[labels_key].astype(object)
+            found.append(confounding(obs[batch_key], labels.where(is_label(labels, unlabeled_category))))
+        found += [follows(obs[batch_key], obs[key]) for key in continuous_covariate_keys or ()]
     found = [f"adata.obs: {sentence}" for sentence in found if sentence is not None]
     if found:
         found.append(

@@ -1,7 +1,8 @@
-"""What a design cannot tell apart: the batch and another column of the set-up."""
+"""What a design cannot tell apart: the batch and another column of the set-up, or two others."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
@@ -10,12 +11,17 @@ from scipy.sparse.csgraph import connected_components
 LISTED = 5
 
 
+#: Share of the cells of both a batch and a category below which the cells that they share hardly link them.
+WEAK = 0.01
+
+
 def confounding(batch: pd.Series, other: pd.Series) -> str | None:
-    """Say what cannot be told from the batch, if anything.
+    """Say what cannot, or hardly, be told from the batch, if anything.
 
     Batches and categories that share cells are linked. Where links lead from every category to every other, by way of
     other batches, differences between categories can be told from those between batches (as in an additive linear
-    model with two factors). Where the links fall into separate parts, differences between the parts cannot.
+    model with two factors). Where the links fall into separate parts, differences between the parts cannot; where they
+    do without links of a few cells, hardly.
 
     Parameters
     ----------
@@ -26,35 +32,70 @@ def confounding(batch: pd.Series, other: pd.Series) -> str | None:
     -------
     A sentence that names the columns and the parts, or None: the columns are crossed, or one is constant.
     """
-    pairs = pd.DataFrame({"batch": batch.astype(str), "other": other.astype(str)})
-    pairs = pairs[(batch.notna() & other.notna()).to_numpy()].drop_duplicates()
-    (i, batches), (j, others) = pairs["batch"].factorize(sort=True), pairs["other"].factorize(sort=True)
+    both = (batch.notna() & other.notna()).to_numpy()
+    (i, batches), (j, others) = (c[both].astype(str).factorize(sort=True) for c in (batch, other))
     if len(batches) < 2 or len(others) < 2:
         return None
-    n = len(batches) + len(others)
-    links = sparse.coo_matrix(([1] * len(i), (i, j + len(batches))), shape=(n, n))
-    n_parts, part = connected_components(links, directed=False)
-    if n_parts == 1:
+    cells = sparse.coo_matrix((np.ones(len(i), int), (i, j))).tocsr().toarray()
+    part = _parts(cells)
+    few = 0
+    if not part.any():  # all are linked; but by how many cells?
+        of_batch, of_other = cells.sum(1, keepdims=True), cells.sum(0, keepdims=True)
+        weak = (cells < WEAK * np.minimum(of_batch, of_other)) & (cells > 0)
+        part, few = _parts(np.where(weak, 0, cells)), cells[weak].sum()
+    if not part.any():
         return None
-    part_of_batch, part_of_other = part[: len(batches)], part[len(batches) :]
+    n_parts, part_of_batch, part_of_other = part.max() + 1, part[: len(batches)], part[len(batches) :]
     parts = [
         f"{_names(others[part_of_other == k])} only in {_names(batches[part_of_batch == k])}" for k in range(n_parts)
     ]
-    b, o = repr(batch.name), repr(other.name)
+    b, o, cannot = repr(batch.name), repr(other.name), "can hardly" if few else "cannot"
     if n_parts == len(batches) == len(others):
         what = f"{b} and {o} split the cells in the same way"
-        result = f"the effect of {o} cannot be told from that of {b}"
+        result = f"the effect of {o} {cannot} be told from that of {b}"
     elif n_parts == len(others):
         what = f"{b} is nested in {o}: every category of {b} has a single category of {o}"
-        result = f"the effect of {o} cannot be told from differences between the categories of {b}"
+        result = f"the effect of {o} {cannot} be told from differences between the categories of {b}"
     elif n_parts == len(batches):
         what = f"{o} is nested in {b}: every category of {o} occurs in a single category of {b}"
         result = f"only differences of {o} within one {b} can be told from the effect of {b}"
     else:
         what = f"{b} and {o} fall into {n_parts} parts that share no category"
-        result = f"differences of {o} between these parts cannot be told from the effect of {b}"
+        result = f"differences of {o} between these parts {cannot} be told from the effect of {b}"
+    what += f", but for {few} of {len(i)} cells" if few else ""
     shown = "; ".join(parts[:LISTED]) + (f"; and {n_parts - LISTED} more" if n_parts > LISTED else "")
     return f"{what} ({shown}), so {result}."
+
+
+def _parts(cells: np.ndarray) -> np.ndarray:
+    """Part that each batch, then each category, is in, by the cells (B, C) that they share."""
+    linked = sparse.csr_matrix(cells)
+    return connected_components(sparse.bmat([[None, linked], [linked.T, None]]), directed=False)[1]
+
+
+def follows(batch: pd.Series, number: pd.Series) -> str | None:
+    """Say that a continuous covariate hardly varies within batches, if so.
+
+    Parameters
+    ----------
+    batch, number
+        Two columns, (n,).
+
+    Returns
+    -------
+    A sentence that names the columns, or None.
+    """
+    values = number.astype(float)
+    if batch.nunique() < 2 or values.nunique() < 2:
+        return None
+    whole = values.var(ddof=0)
+    within = (values - values.groupby(batch.to_numpy(), observed=True).transform("mean")).var(ddof=0)
+    if within >= WEAK * whole:
+        return None
+    return (
+        f"{number.name!r} hardly varies within {batch.name!r} ({within / whole:.1%} of its variance), so its effect "
+        "cannot be told from that of the batch."
+    )
 
 
 def _names(names: pd.Index) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +124,7 @@ def stays_on_disk(x: Any, data: Literal["auto", "disk", "memory"], where: str) -
         ``adata.X`` or a layer.
     data
         ``"disk"`` keeps on disk what is there, ``"memory"`` reads it, and ``"auto"`` reads it if that takes at most
-        half of the free memory; what was chosen is logged. A matrix in memory stays there in any case.
+        half of the free memory; what was chosen is printed or logged. A matrix in memory stays there in any case.
     where
         How to name it in a message.
 
@@ -148,7 +149,7 @@ def stays_on_disk(x: Any, data: Literal["auto", "disk", "memory"], where: str) -
     size = f"{where} takes {gigabytes(needed)} in memory, {gigabytes(free)} are free"
     if by_rows:
         stays = needed > SHARE * free
-        logger.info("%s: %s.", size, "it is read from disk block by block" if stays else "it is read into memory")
+        say(f"{size}: {'it is read from disk block by block' if stays else 'it is read into memory'}.")
         return stays
     if needed > free:
         msg = (
@@ -156,8 +157,16 @@ def stays_on_disk(x: Any, data: Literal["auto", "disk", "memory"], where: str) -
             "by cells (`adata.X = adata.X.tocsr()`) on a machine with more memory."
         )
         raise ValueError(msg)
-    logger.info("%s. It is stored by genes (CSC) and so read into memory.", size)
+    say(f"{size}. It is stored by genes (CSC) and so read into memory.")
     return False
+
+
+def say(text: str) -> None:
+    """Log what was chosen; where nobody reads a log, tell it on the standard error."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(text)
+    else:
+        sys.stderr.write(f"{text}\n")
 
 
 def memory_needed(x: Any) -> int:

@@ -16,7 +16,7 @@ from anndata import AnnData
 from anndata.io import write_elem
 from scipy import sparse
 
-from sccvae.data.ondisk import free_memory, gigabytes
+from sccvae.data.ondisk import free_memory, gigabytes, say
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def check_room(adata: AnnData, keys: Sequence[str], out: Path | None, dtype: Any
     if size > free:
         msg = f"{text} on disk, {gigabytes(free)} are free in {out.parent.resolve()}."
         raise OSError(msg)
-    logger.info("%s on disk, %s are free; it is written chunk by chunk to %s.", text, gigabytes(free), out)
+    say(f"{text} on disk, {gigabytes(free)} are free; it is written chunk by chunk to {out}.")
 
 
 @contextmanager

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def split_indices(
-    n: int, train_size: float = 0.9, validation_size: float | None = None, seed: int = 0
+    n: int,
+    train_size: float = 0.9,
+    validation_size: float | None = None,
+    seed: int = 0,
+    classes: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Split ``n`` cells at random into training, validation and test cells.
 
@@ -23,6 +27,9 @@ def split_indices(
         Shares of the cells; ``validation_size=None`` takes the rest, so that no test cells are left.
     seed
         Of the permutation.
+    classes
+        Class of each cell, (n,) int64, -1 for none. One cell of each trains, if there is room: it changes places with
+        a training cell that no class needs.
 
     Returns
     -------
@@ -45,8 +52,23 @@ def split_indices(
     n_train = max(1, round(n * train_size))
     n_validation = n - n_train if rest else min(n - n_train, round(n * validation_size))
     order = np.random.default_rng(seed).permutation(n)
+    if classes is not None:
+        _let_each_train(order, n_train, classes)
     parts = np.split(order, [n_train, n_train + n_validation])
     return tuple(np.sort(part) for part in parts)
+
+
+def _let_each_train(order: np.ndarray, n_train: int, classes: np.ndarray) -> None:
+    """Change ``order`` (n,) so that its first ``n_train`` rows hold a cell of each class, as far as there is room."""
+    for k in np.setdiff1d(classes[order[n_train:]], [-1, *classes[order[:n_train]]]):
+        trains = classes[order[:n_train]]
+        own, size = np.unique(trains, return_counts=True)
+        spare = np.flatnonzero((trains < 0) | np.isin(trains, own[size > 1]))
+        if not len(spare):
+            return
+        one = n_train + np.argmax(classes[order[n_train:]] == k)
+        spare = spare[np.argmin(trains[spare])]  # one without a class, if there is any
+        order[[spare, one]] = order[[one, spare]]
 
 
 def row_numbers(indices: ArrayLike | slice | None, n_cells: int, name: str = "indices") -> np.ndarray:

@@ -114,6 +114,12 @@ def _by_groups(adata: AnnData, groupby: str, group1: Any, group2: Any) -> list[C
 
     second = None if group2 is None else codes([group2])[0]
     if group1 is None:
+        if len(names) > len(column) / 2:
+            msg = (
+                f"adata.obs[{groupby!r}] has {len(names)} values for {len(column)} cells: no groups. Cut it into some "
+                "(`pd.cut`), or name those to compare with group1=."
+            )
+            raise ValueError(msg)
         first = [code for code in range(len(names)) if code != second]
     else:
         first = codes(list(group1) if np.ndim(group1) else [group1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +47,8 @@ class CorrectionMixin(DecodingMixin):
         adata, indices, batch_size, seed
             As for ``get_latent_representation``.
         transform_batch
-            Decode as if every cell came from this batch (a category of ``batch_key``); a list averages over several.
-            None keeps each cell's own.
+            Decode as if every cell came from this batch (a category of ``batch_key``); a list averages over several,
+            ``"all"`` over all of the training data. None keeps each cell's own.
         gene_list
             Genes to give, in this order, or a single one. None for all: in the order of the AnnData's ``var_names`` if
             it has the model's genes and no others, so that the values fit its layers; else in that of the model.
@@ -193,17 +193,14 @@ class CorrectionMixin(DecodingMixin):
             if n_samples < 2:
                 msg = f"sd=True needs at least two draws: pass n_samples=25, not {n_samples}."
                 raise ValueError(msg)
-        batches = transform_batch
-        key = self.schema.batch_key
-        if isinstance(batches, str) and batches == "all" and key and "all" not in self.schema.categories[key]:
-            batches = self._known_categories(key)
+        batches = self._batches_meant(transform_batch)
         size = layer_library_size(self, library_size)
         entry = {"transform_batch": "own" if batches is None else [str(b) for b in np.atleast_1d(batches)]}
         entry |= {"n_samples": n_samples} | ({} if size is None else {"library_size": size})
         file = None
         if out is not None:
-            uns = dict(to.uns) | {key_added: entry}
-            file = AnnData(obs=to.obs.copy(), var=to.var.copy(), obsm=dict(to.obsm), uns=uns)
+            file = without_matrices(to)
+            file.uns[key_added] = entry
         self._write_layers(
             to,
             self._in_batches(batches),
@@ -284,8 +281,16 @@ class CorrectionMixin(DecodingMixin):
         for key, layer in zip(keys, layers, strict=True):
             to.layers[key] = layer
 
+    def _batches_meant(self, transform_batch: Any) -> Any:
+        """``"all"`` written out, unless a batch has that name."""
+        key = self.schema.batch_key
+        if isinstance(transform_batch, str) and transform_batch == "all" and key:
+            return transform_batch if "all" in self.schema.categories[key] else self._known_categories(key)
+        return transform_batch
+
     def _in_batches(self, transform_batch: Any) -> list[Change]:
         """One change for each batch that is averaged over."""
+        transform_batch = self._batches_meant(transform_batch)
         if transform_batch is None:
             return [Change()]
         key = self.schema.batch_key
@@ -300,6 +305,17 @@ class CorrectionMixin(DecodingMixin):
             msg = "transform_batch is empty; name a batch, several, or None for each cell's own."
             raise ValueError(msg)
         return [self._change({key: b}) for b in (transform_batch if several else [transform_batch])]
+
+
+def without_matrices(adata: AnnData) -> AnnData:
+    """What a file of new layers has of ``adata``: no matrix, no notes about other layers, and nothing of set-ups."""
+
+    def own(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in of.items() if not key.startswith("_scvi")}
+
+    obs = adata.obs[list(own(dict.fromkeys(adata.obs)))].copy()
+    uns = {key: value for key, value in own(adata.uns).items() if key not in adata.layers}
+    return AnnData(obs=obs, var=adata.var.copy(), obsm=own(adata.obsm), uns=uns)
 
 
 def layer_library_size(model: Any, size: float | str | None) -> float | str | None:

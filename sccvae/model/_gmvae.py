@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from sccvae import module
 from sccvae.data import CellStore
-from sccvae.data.categories import match, obs_column
+from sccvae.data.categories import match, obs_column, of_cells
 from sccvae.distributions import Likelihood
 from sccvae.model._base import BaseModel, settings_of
 from sccvae.model._clustering import MixtureMixin
@@ -29,6 +29,7 @@ from sccvae.module._batches import PARTED
 from sccvae.nn import check_sizes
 from sccvae.train import TrainingResult, fit_mixture
 from sccvae.train.checkpoint import digest
+from sccvae.train.mixture import PHASES
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +144,10 @@ class GMVAE(
             most 15, the free one a tenth, at most 5; but rounds and guided phase at least 200 optimiser steps, as far
             as the warm-up has so many epochs.
         guide
-            Your own first labels instead of a graph clustering: an ``obs`` column, or one value for each cell (NaN for
-            none). Unlike ``labels_key``, they only start the clusters.
+            Your own first labels instead of a graph clustering: an ``obs`` column, a Series indexed by cell, or one
+            value for each cell in order (NaN for none). Unlike ``labels_key``, they only start the clusters. Beside
+            labels, a cluster takes the class of its own name or else the one that most of its labelled cells have, and
+            a component of its own where none has a label.
         **options
             As for :meth:`BaseModel.train`. ``early_stopping``, ``patience`` and ``kl_warmup`` are of the warm-up; the
             free phase has a hundredth of ``lr``.
@@ -163,6 +166,11 @@ class GMVAE(
             super().train(max_epochs, **options)
             return
         super().train(max_epochs, guide=None if self.adata is None else self._guide_labels(guide), **options)
+        if self.history["phase"].max().item() < PHASES.index("guided"):
+            logger.warning(
+                "The training ended before its guided phase, so no component has its place yet and clusters mean "
+                "nothing: train again with more time (checkpoint_dir= goes on where a training ended)."
+            )
         some = np.random.default_rng(options.get("seed", 0)).permutation(self.train_indices)[:SHARES_OF]
         self.reference["component_shares"] = self.predict_proba(indices=some).mean(0, dtype=np.float64).tolist()
 
@@ -189,24 +197,30 @@ class GMVAE(
         return InputDropout(0.0) if kinds is None or kinds.overlap >= PARTED else super()._default_input_dropout(store)
 
     def _guide_labels(self, guide: str | Sequence | None) -> np.ndarray | None:
-        """The user's guide as codes (n,), the labels of ``labels_key`` put first."""
+        """The user's guide as codes (n,): those of the classes of ``labels_key``, then those of other clusters."""
         if guide is None:
             return None
         if isinstance(guide, str):
             guide = obs_column(self.adata, guide, "guide")
+        guide = of_cells(guide, self.adata.obs_names, "guide")
         values = pd.Series(np.asarray(guide, dtype=object))
-        if len(values) != self.adata.n_obs:
-            msg = f"guide has {len(values)} values, adata {self.adata.n_obs} cells."
-            raise ValueError(msg)
-        codes = match(self.schema.classes, values)
-        more = values[(codes < 0) & values.notna()].astype(str)
-        codes[more.index] = len(self.classes) + np.unique(more, return_inverse=True)[1]
-        if (codes < 0).all():
+        if values.isna().all():
             msg = "guide has no value at all (all NaN); leave it None for a graph clustering."
             raise ValueError(msg)
-        if not self._choose_components and codes.max() >= self.module.n_components:
+        codes, known = match(self.schema.classes, values), self._label_codes()
+        known = np.full(len(codes), -1) if known is None else known
+        n = len(self.classes)
+        for cluster in np.unique(values[(codes < 0) & values.notna()].astype(str)):
+            own = (values.astype(str) == cluster).to_numpy() & (codes < 0)
+            named = known[own & (known >= 0)]
+            codes[own] = np.bincount(named).argmax() if len(named) else n
+            n += not len(named)
+        codes = np.where(known >= 0, known, codes)
+        if not self._choose_components and n > self.module.n_components:
+            more = f" beside {len(self.classes)} classes" if self.classes else ""
             msg = (
-                f"guide has {codes.max() + 1} clusters, n_components={self.module.n_components}; make it at least that."
+                f"guide has {n - len(self.classes)} clusters{more}, n_components={self.module.n_components}; make it "
+                f"at least {n}."
             )
             raise ValueError(msg)
         return codes

@@ -251,6 +251,9 @@ class MappingMixin(TransferMixin):
                 result = fit(self.module, store, rows, self.validation_indices, max_epochs=max_epochs, **options)
         super()._finish_training(result)
 
+    def _classes_that_train(self) -> np.ndarray | None:
+        return None if self.is_query else self._label_codes()
+
     def _finish_training(self, result: TrainingResult) -> None:
         super()._finish_training(result)
         self._note_means()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from lightning import Callback
 
 from sccvae._names import with_known_names
@@ -128,7 +129,7 @@ class TrainingMixin:
         n_components = getattr(self.module, "n_components", None)
         try:
             self.train_indices, self.validation_indices, self.test_indices = split_indices(
-                n, train_size, validation_size, seed
+                n, train_size, validation_size, seed, self._classes_that_train()
             )
             yield
         except BaseException:
@@ -141,6 +142,10 @@ class TrainingMixin:
                 self.module.load_state_dict(weights)
                 self.module.eval()
             raise
+
+    def _classes_that_train(self) -> np.ndarray | None:
+        """Class of each cell, (n,) int64, -1 for none, where each must be seen in training; None if none is read."""
+        return None
 
     def _stops_early(self, early_stopping: bool | None, patience: int | None) -> bool:
         """``early_stopping``, with a warning where it was asked for and no cell is held out to stop by."""

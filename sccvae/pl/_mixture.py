@@ -354,6 +354,9 @@ def _table(model: Any, labels: Any, adata: Any) -> pd.DataFrame:
             msg = f"labels={labels!r}: there is no such column; adata.obs has {columns}."
             raise KeyError(msg)
         labels = adata.obs[labels]
+    series = isinstance(labels, pd.Series) and isinstance(found, pd.Series)
+    if series and labels.index.is_unique and not len(found.index.difference(labels.index)):
+        labels = labels.reindex(found.index)
     classes, components = (pd.Series(pd.Series(v).array) for v in (labels, found))
     if len(classes) != len(components):
         msg = f"There are {len(classes)} classes, but {len(components)} cells with a component."

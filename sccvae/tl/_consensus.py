@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from itertools import combinations
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def consensus(
     Raises
     ------
     TypeError
-        If an option is not one of :func:`cluster`.
+        If an option is not one of :func:`cluster`, or ``n_runs`` is no whole number.
     KeyError, ValueError
         As for :func:`cluster`; and ValueError if there are fewer than two runs.
 
@@ -82,6 +83,9 @@ def consensus(
     >>> sccvae.tl.consensus(adata, n_runs=5, batch_key="batch", layer="counts")  # doctest: +SKIP
     >>> sc.pl.umap(adata, color=["consensus", "consensus_confidence"])  # doctest: +SKIP
     """
+    if isinstance(n_runs, bool) or not isinstance(n_runs, Integral):
+        msg = f"n_runs={n_runs!r} must be a whole number, at least 2."
+        raise TypeError(msg)
     if n_runs < 2:
         msg = f"n_runs={n_runs}: at least two runs are needed to see whether they agree."
         raise ValueError(msg)

@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from sccvae.data.out import check_room
 from sccvae.model import BaseModel
-from sccvae.model._correction import check_layer, layer_library_size
+from sccvae.model._correction import check_layer, layer_library_size, without_matrices
 from sccvae.model._decoding import DECODES_FROM_CONDITIONS
 
 from ._embed import write_embedding
@@ -126,7 +126,7 @@ def correct(
         fitted._write_layers(to, changes, key_added, library_size=size)
         _record(to, fitted, key_added, entry, train_options, to)
     else:
-        whole = AnnData(obs=to.obs.copy(), var=to.var.copy(), obsm=dict(to.obsm), uns=dict(to.uns))
+        whole = without_matrices(to)
         key = _record(whole, fitted, key_added, entry, train_options, to)
         fitted._write_layers(to, changes, key_added, library_size=size, file=whole, out=out)
         to.obsm[key] = whole.obsm[key]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 
 from sccvae._names import with_known_names
 from sccvae._recording import Recorder
@@ -265,7 +265,8 @@ def _trainer(max_epochs: int, validates: bool, keeps: bool, **options: Any) -> T
     defaults = {
         "logger": False,
         "enable_model_summary": False,
-        "enable_checkpointing": keeps,  # Lightning's own checkpoints pickle: who wants them sets this
+        # Lightning's own checkpoints pickle: who wants them asks for them.
+        "enable_checkpointing": keeps or any(isinstance(c, Checkpoint) for c in options["callbacks"]),
         "enable_progress_bar": any(isinstance(c, ProgressBar) for c in options["callbacks"]),
     }
     # We log once an epoch, which is less than Lightning expects of the log; an empty loader it would warn about.
