@@ -129,9 +129,11 @@ def test_components_merge_step_by_step(gmvae):
     assert list(one.columns) == [3]
     mapped = gmvae.predict().map(one[3])
     assert mapped.nunique() <= 3
-    for wrong in (0, 6):
-        with pytest.raises(ValueError, match=f"n_clusters={wrong} must be between 1 and the number of components, 5"):
+    for wrong, message in {0: "at least 1", 6: "between 1 and the number of components, 5"}.items():
+        with pytest.raises(ValueError, match=f"n_clusters={wrong} must be {message}"):
             gmvae.merge_components(wrong)
+    with pytest.raises(TypeError, match="n_clusters='3' must be a whole number"):
+        gmvae.merge_components("3")
 
 
 def test_samples_of_a_component_are_of_its_class(gmvae):

@@ -9,8 +9,6 @@ from scipy.sparse.csgraph import connected_components
 
 #: Names that a message lists before it says how many more there are.
 LISTED = 5
-
-
 #: Share of the cells of both a batch and a category below which the cells that they share hardly link them.
 WEAK = 0.01
 
@@ -36,13 +34,13 @@ def confounding(batch: pd.Series, other: pd.Series) -> str | None:
     (i, batches), (j, others) = (c[both].astype(str).factorize(sort=True) for c in (batch, other))
     if len(batches) < 2 or len(others) < 2:
         return None
-    cells = sparse.coo_matrix((np.ones(len(i), int), (i, j))).tocsr().toarray()
-    part = _parts(cells)
-    few = 0
+    shared = pd.DataFrame({"i": i, "j": j}).value_counts()  # cells of each pair that has some
+    row, column = (shared.index.get_level_values(k).to_numpy() for k in "ij")
+    cells, shape, few = shared.to_numpy(), (len(batches), len(others)), 0
+    part = _parts(row, column, shape)
     if not part.any():  # all are linked; but by how many cells?
-        of_batch, of_other = cells.sum(1, keepdims=True), cells.sum(0, keepdims=True)
-        weak = (cells < WEAK * np.minimum(of_batch, of_other)) & (cells > 0)
-        part, few = _parts(np.where(weak, 0, cells)), cells[weak].sum()
+        weak = cells < WEAK * np.minimum(np.bincount(i)[row], np.bincount(j)[column])
+        part, few = _parts(row[~weak], column[~weak], shape), cells[weak].sum()
     if not part.any():
         return None
     n_parts, part_of_batch, part_of_other = part.max() + 1, part[: len(batches)], part[len(batches) :]
@@ -67,10 +65,10 @@ def confounding(batch: pd.Series, other: pd.Series) -> str | None:
     return f"{what} ({shown}), so {result}."
 
 
-def _parts(cells: np.ndarray) -> np.ndarray:
-    """Part that each batch, then each category, is in, by the cells (B, C) that they share."""
-    linked = sparse.csr_matrix(cells)
-    return connected_components(sparse.bmat([[None, linked], [linked.T, None]]), directed=False)[1]
+def _parts(batch: np.ndarray, other: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Part that each batch, then each category, is in, of so many, where these pairs are linked."""
+    links = sparse.coo_matrix((np.ones(len(batch)), (batch, other + shape[0])), shape=(sum(shape), sum(shape)))
+    return connected_components(links, directed=False)[1]
 
 
 def follows(batch: pd.Series, number: pd.Series) -> str | None:

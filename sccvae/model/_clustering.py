@@ -187,8 +187,8 @@ class MixtureMixin(ClusteringMixin):
         from scipy.spatial.distance import squareform
 
         k = self.n_components
-        check_sizes(n_clusters=k if n_clusters == 0 or n_clusters is None else n_clusters)
-        if n_clusters is not None and not 1 <= n_clusters <= k:
+        check_sizes(n_clusters=1 if n_clusters is None else n_clusters)
+        if n_clusters is not None and n_clusters > k:
             msg = f"n_clusters={n_clusters} must be between 1 and the number of components, {k}."
             raise ValueError(msg)
         levels = range(1, k + 1) if n_clusters is None else [n_clusters]

@@ -209,13 +209,14 @@ class GMVAE(
             raise ValueError(msg)
         codes, known = match(self.schema.classes, values), self._label_codes()
         known = np.full(len(codes), -1) if known is None else known
-        n = len(self.classes)
-        for cluster in np.unique(values[(codes < 0) & values.notna()].astype(str)):
-            own = (values.astype(str) == cluster).to_numpy() & (codes < 0)
-            named = known[own & (known >= 0)]
-            codes[own] = np.bincount(named).argmax() if len(named) else n
-            n += not len(named)
-        codes = np.where(known >= 0, known, codes)
+        others = np.flatnonzero((codes < 0) & values.notna())
+        cluster, names = pd.factorize(values[others].astype(str), sort=True)
+        labels = np.zeros((len(names), max(1, len(self.classes))), int)  # of the cells of each other cluster
+        seen = known[others] >= 0
+        np.add.at(labels, (cluster[seen], known[others][seen]), 1)
+        new = ~labels.any(1)
+        codes[others] = np.where(new, len(self.classes) + np.cumsum(new) - 1, labels.argmax(1))[cluster]
+        codes, n = np.where(known >= 0, known, codes), len(self.classes) + new.sum()
         if not self._choose_components and n > self.module.n_components:
             more = f" beside {len(self.classes)} classes" if self.classes else ""
             msg = (
