@@ -371,6 +371,32 @@ def test_stand_ins_are_a_cells_own(planted_reference, monkeypatch):
     torch.testing.assert_close(batch.x, torch.where(plain.present, plain.x, plain.x * more))
 
 
+def test_counts_of_shallow_cells_are_drawn(planted_reference):
+    """Cells at half of their counts are like others, and their labels come from what was measured."""
+    model, _ = planted_reference
+    cells = model.adata.copy()
+    rng = np.random.default_rng(0)
+    cells.X = sparse.csr_matrix(rng.binomial(cells.X.toarray().astype(int), 0.5).astype(np.float32))
+    depth = model.reference["transfer"]["genes"]["depth"]
+    library = np.asarray(model.adata.X.sum(1)).ravel()[model.train_indices]
+    assert depth == pytest.approx(np.quantile(library, 0.25), rel=0.02)  # of those with a label
+    batch = next(model._batches(model._store(cells), np.arange(50)))
+    with torch.inference_mode():
+        z = model.module.inference(batch)["z"].loc
+        drawn = torch.stack([model._drawn(batch, z, depth).x for _ in range(300)])
+        assert model._drawn(batch, z, 0.0) is batch
+        share = model.module.generative({"z": z}, batch).mean / batch.library
+    more = (depth - batch.library).clamp(min=0)
+    assert (drawn >= batch.dense).all()
+    torch.testing.assert_close(drawn.mean(0) - batch.dense, more * share, atol=1.0, rtol=0.15)
+    found = model.transfer_labels(cells)
+    del model.reference["transfer"]["genes"]["depth"]
+    before = model.transfer_labels(cells)
+    model.reference["transfer"]["genes"]["depth"] = depth
+    assert (found["best_label"] == before["best_label"]).all()
+    assert (found["label"] == "unknown").mean() < 0.02 < (before["label"] == "unknown").mean()
+
+
 # What is refused
 
 
@@ -564,14 +590,14 @@ def test_views_decide_together():
     cells, genes = np.array([[0.0, 0], [8, 8], [0, 0], [0, 0]]), np.array([[5.0, 0], [0, 5], [0, 5], [0, 0]])
     _, by_z = by_normals(cells, known)
     known |= {"temperatures": {"z": 4.0, "genes": 1.0}, "scores": {"disagreement": (1.0, 2.0)}}
-    score, log_q = against_classes({"z": cells, "genes": genes}, known)
+    score, log_q = against_classes({"z": cells, "genes": genes, "drawn": genes}, known)
     wanted = [log_softmax(by_z / 4, 1), log_softmax(genes, 1)]
     assert np.allclose(log_q, sum(wanted))
     agree = (np.exp(wanted[0]) * np.exp(wanted[1])).sum(1)
     assert np.allclose(score, (-np.log(agree) - 1) / 2)
     assert score.argmax() == 2
     known["scores"] = {"energy": (0.0, 1.0)}
-    score, _ = against_classes({"z": cells, "genes": genes}, known)
+    score, _ = against_classes({"z": cells, "genes": genes[::-1], "drawn": genes}, known)
     assert np.allclose(score, -np.log(np.exp(genes).sum(1)))
     # As an earlier version saved it: the normals alone, or q alone.
     old = {name: known[name] for name in ("shares", "means", "covariances")}
@@ -637,7 +663,7 @@ def test_strangeness_of_genes_by_hand():
     codes = np.arange(60) % 2
     places = normals(x @ axes.T, codes, 2)
     views = {"z": x[:, :2], "place": x @ axes.T, "beyond": (x**2).sum(1) - ((x @ axes.T) ** 2).sum(1)}
-    found = strangeness(np.zeros(60), views, {}, places)
+    found = strangeness(np.zeros(60), views, np.zeros((60, 2)), {"places": places})
     density = sum(
         0.5 * multivariate_normal(m, c).pdf(views["place"])
         for m, c in zip(places["means"], places["covariances"], strict=True)
@@ -664,7 +690,7 @@ def test_a_strange_group_stands_out_more_than_its_cells(planted_reference):
     """Neighbours by their genes are asked as well: what is strange about a whole group is no chance."""
     model, cells = planted_reference
     query, strange = cells.copy(), np.arange(cells.n_obs) % 4 == 0
-    x, rng = query.X.toarray(), np.random.default_rng(0)
+    x, rng = query.X.toarray(), np.random.default_rng(3)
     of_x, other = x[query.obs["type"] == "x"].mean(0), rng.permutation(x.mean(0))
     x[strange] = rng.poisson(0.8 * of_x + 0.2 * other, (strange.sum(), x.shape[1]))
     query.X = sparse.csr_matrix(x)

@@ -93,9 +93,9 @@ def against_classes(
     Parameters
     ----------
     views
-        ``z``, (n, d); ``genes``, the scores of the classes by logistic regression, (n, K), ``drawn``, the same with
-        genes that were not measured drawn, and ``q``, log q(y|.), (n, K), where there is one; ``place``, (n, c), and
-        ``beyond``, (n,), of the genes on their principal axes.
+        ``z``, (n, d); ``genes``, the scores of the classes by logistic regression, (n, K), and ``q``, log q(y|.),
+        (n, K), where there is one; of cells with what was not measured drawn, ``drawn``, the scores again, and
+        ``place``, (n, c), and ``beyond``, (n,), of the genes on their principal axes.
     known
         What :func:`normals` gives, with ``temperatures`` of those views that decide, ``scores``, centre and spread of
         what :func:`strangeness` finds, and ``places``, the normals of the classes on the principal axes.
@@ -112,8 +112,7 @@ def against_classes(
     # A reference of an earlier version has no temperatures: q alone decides, or the normals.
     temperatures = known.get("temperatures") or {"q" if "q" in logs else "z": 1.0}
     logs = {name: log_softmax(logs[name] / t, axis=1) for name, t in temperatures.items()}
-    drawn = {"drawn": log_softmax(views["drawn"] / temperatures["genes"], axis=1)} if "drawn" in views else {}
-    found = strangeness(density, views, logs | drawn, known.get("places"))
+    found = strangeness(density, views, by_z, known)
     scores = known.get("scores") or {"density": (0.0, 1.0)}
     if together:
         for name, quartile in known.get("quartiles", {}).items():
@@ -122,20 +121,25 @@ def against_classes(
 
 
 def strangeness(
-    density: np.ndarray, views: dict[str, np.ndarray], logs: dict[str, np.ndarray], places: dict[str, Any] | None
+    density: np.ndarray, views: dict[str, np.ndarray], by_z: np.ndarray, known: dict[str, Any]
 ) -> dict[str, np.ndarray]:
     """What is strange about a cell, each (n,).
 
     ``density`` in z; ``energy``: no class speaks for its genes (Liu et al. 2020, equation 4); ``disagreement``: -log of
-    the probability that z and genes, each for itself, name the same class; ``place``: -log density of its genes on the
-    reference's principal axes; ``beyond``: the squared length of what these axes leave of them.
+    the probability that z and genes, each for itself, name the same class (``by_z``: log-probabilities (n, K) by z);
+    ``place``: -log density of its genes on the reference's principal axes; ``beyond``: the squared length of what these
+    axes leave of them.
     """
     found = {"density": density}
-    if "genes" in views:
-        found["energy"] = -logsumexp(views.get("drawn", views["genes"]), axis=1)
-        found["disagreement"] = -logsumexp(logs["z"] + logs.get("drawn", logs["genes"]), axis=1)
-    if places is not None:
-        found |= {"place": by_normals(views["place"], places)[0], "beyond": views["beyond"]}
+    if "drawn" in views:
+        by_both = (
+            log_softmax(log_q / known["temperatures"][name], axis=1)
+            for name, log_q in (("z", by_z), ("genes", views["drawn"]))
+        )
+        found["energy"] = -logsumexp(views["drawn"], axis=1)
+        found["disagreement"] = -logsumexp(sum(by_both), axis=1)
+    if "places" in known:
+        found |= {"place": by_normals(views["place"], known["places"])[0], "beyond": views["beyond"]}
     return found
 
 

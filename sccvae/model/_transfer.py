@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 #: Training cells that the logistic regression on genes learns from at most, and the depth that it sees cells at.
 LEARNS_FROM, DEPTH = 10_000, 1e4
+#: Quantile of the reference's library sizes up to which the counts of shallower cells are drawn.
+SHALLOW = 0.25
 #: Quantiles kept of the held-out outlier scores.
 QUANTILES = 1001
 #: Cells of a query among which neighbours are looked for.
@@ -90,8 +92,10 @@ class TransferMixin:
         far the cell lies from all classes in z, how little its genes speak for any of them, how little both views
         agree, how far its genes lie from all classes on their principal axes, and how much these leave of them; the
         sum, each in standard deviations of the held-out reference cells from their median, and of that the median over
-        its neighbours (unknown above :meth:`unknown_score`). Of the last two what a quarter of the cells asked about
-        exceed the reference's by is taken off, as their technology's, unless each cell is taken by itself.
+        its neighbours (unknown above :meth:`unknown_score`). For what is about genes, the counts that a cell has fewer
+        than the lower quartile of the reference are drawn from p(x|z,c), and so are genes that are missing. Of the last
+        two what a quarter of the cells asked about exceed the reference's by is taken off, as their technology's,
+        unless each cell is taken by itself.
 
         Raises
         ------
@@ -192,9 +196,8 @@ class TransferMixin:
     ) -> dict[str, np.ndarray]:
         """Views of cells: mean of ``z``, (n, d); ``q``: log q(y|.), (n, K); ``genes``: class scores, (n, K).
 
-        ``drawn``: class scores with the noise of measured cells, where genes were not measured and have a mean in
-        ``genes``. ``place``: genes on the reference's axes, (n, c); ``beyond``: the squared length of the rest, (n,),
-        both with that noise. ``where``: genes on other axes (c, G).
+        Of cells with what was not measured drawn: ``drawn``, class scores, (n, K); ``place``, on the reference's axes,
+        (n, c); and ``beyond``, the squared length of the rest, (n,). ``where``: genes on other axes (c, G).
         """
         found: dict[str, list[torch.Tensor]] = {}
 
@@ -211,14 +214,12 @@ class TransferMixin:
                     note("q", self.module.classify(batch, log=True))
                 if not known and axes is None:
                     continue
-                x = drawn = self._genes(batch).cpu()
-                if batch.present is not None and z is not q:
-                    draws = self.module.generative({"z": z}, batch).sample()
-                    drawn = self._genes(replace(batch, x=torch.where(batch.present, batch.dense, draws))).cpu()
+                whole = batch if z is q else self._drawn(batch, z, float(known.get("depth", 0.0)))
+                x = self._genes(batch).cpu()
+                drawn = x if whole is batch else self._genes(whole).cpu()
                 if "weights" in known:
                     note("genes", x @ known["weights"].T + known["intercepts"])
-                    if drawn is not x:
-                        note("drawn", drawn @ known["weights"].T + known["intercepts"])
+                    note("drawn", drawn @ known["weights"].T + known["intercepts"])
                 if "axes" in known:
                     place = drawn @ known["axes"].T
                     note("place", place)
@@ -226,6 +227,25 @@ class TransferMixin:
                 if axes is not None:
                     note("where", x @ torch.from_numpy(axes).T)
         return {name: torch.cat(parts).double().cpu().numpy() for name, parts in found.items()}
+
+    def _drawn(self, batch: Batch, z: torch.Tensor, depth: float) -> Batch:
+        """The cells with what was not measured drawn from p(x|z,c): genes, and counts up to a library of ``depth``.
+
+        So they have the noise of cells that were measured, and it is not strange about a cell that it has few counts.
+        """
+        library = batch.library.clamp(min=depth)
+        more, x = library - batch.library, batch.dense
+
+        def draws(size: torch.Tensor) -> torch.Tensor:
+            return self.module.generative({"z": z}, replace(batch, library=size.clamp(min=1e-6))).sample()
+
+        if batch.present is None and not more.any():
+            return batch
+        if more.any():
+            x = x + draws(more) * (more > 0)
+        if batch.present is not None:
+            x = torch.where(batch.present, x, draws(library))
+        return replace(batch, x=x, library=library)
 
     def _genes(self, batch: Batch) -> torch.Tensor:
         """What the logistic regression reads of cells, (n, G): of counts log(1 + counts per 10,000), else x."""
@@ -268,8 +288,7 @@ class TransferMixin:
         logs = {"z": by_z} | {name: views[name] for name in ("q", "genes") if name in views}
         fitted = len(held_out) > 0 and seen.any()
         known["temperatures"] = {n: temperature_of(v[seen], own[seen]) if fitted else 1.0 for n, v in logs.items()}
-        logs = {name: log_softmax(v / known["temperatures"][name], axis=1) for name, v in logs.items()}
-        found = strangeness(density, views, logs, known["places"])
+        found = strangeness(density, views, by_z, known)
         # A cell without a label may be of a class that no label names, unless every cell has a component.
         like = np.ones_like(seen) if "q" in views or not seen.any() else seen
         known["scores"] = {n: (float(np.median(v[like])), max(float(v[like].std()), 1e-6)) for n, v in found.items()}
@@ -305,7 +324,11 @@ class TransferMixin:
         x, codes = self._genes_of(None, rows[some]), codes[some]
         axes = principal_axes(x).astype(np.float64).round(6)  # single precision would be written in 17 digits
         places = normals(x @ axes.T, codes, n_classes)
-        return {"genes": (logistic(x, codes, n_classes) or {}) | {"axes": axes.tolist()}, "places": places}
+        genes = (logistic(x, codes, n_classes) or {}) | {"axes": axes.tolist()}
+        if self.module.likelihood.support == "counts":
+            library = self._store(self.adata).cells.library[rows]
+            genes["depth"] = min(float(np.quantile(library, SHALLOW)), DEPTH)
+        return {"genes": genes, "places": places}
 
     def _genes_of(self, adata: AnnData | None, rows: np.ndarray) -> csr_matrix:
         """:meth:`_genes` of these cells."""
