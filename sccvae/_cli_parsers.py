@@ -43,7 +43,7 @@ def parser(run: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
     correct.add_argument("--library-size", type=_library_size, metavar="N", help="sum of a cell's corrected counts, or "
                          "'latent' for the cell's own (default: 10000; only for counts)")  # fmt: skip
     correct.add_argument("--backed", action="store_true", help="for more cells than memory holds: leave the matrices "
-                         "on disk, and write to OUT.h5ad everything but X and the other layers")  # fmt: skip
+                         "on disk, and write obs, var, obsm, uns and the corrected layer to OUT.h5ad")  # fmt: skip
     _training_options(correct, models=("cvae",))
 
     what_if = _command(

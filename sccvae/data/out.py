@@ -25,7 +25,7 @@ CHUNK_BYTES = 2**23
 
 
 def check_room(adata: AnnData, keys: Sequence[str], out: Path | None, dtype: Any = np.float32) -> None:
-    """Check that there is room for dense layers in memory (``out=None``) or on disk, and log the estimate.
+    """Check that there is room for dense layers in memory (``out=None``) or on disk.
 
     Raises
     ------
@@ -34,9 +34,7 @@ def check_room(adata: AnnData, keys: Sequence[str], out: Path | None, dtype: Any
     OSError
         If the file exists already, its folder does not, or the disk is too full.
     """
-    size = len(keys) * np.dtype(dtype).itemsize * adata.n_obs * adata.n_vars
-    key, name = keys[0], ", ".join(map(repr, keys))
-    text = f"layers[{name}] of {adata.n_obs:,} cells x {adata.n_vars:,} genes takes {gigabytes(size)}"
+    key, (size, text) = keys[0], _needed(adata, keys, dtype)
     if out is None:
         if size > free_memory():
             msg = (
@@ -59,7 +57,13 @@ def check_room(adata: AnnData, keys: Sequence[str], out: Path | None, dtype: Any
     if size > free:
         msg = f"{text} on disk, {gigabytes(free)} are free in {out.parent.resolve()}."
         raise OSError(msg)
-    say(f"{text} on disk, {gigabytes(free)} are free; it is written chunk by chunk to {out}.")
+
+
+def _needed(adata: AnnData, keys: Sequence[str], dtype: Any) -> tuple[int, str]:
+    """Bytes that dense layers take, and the start of a sentence about them."""
+    size = len(keys) * np.dtype(dtype).itemsize * adata.n_obs * adata.n_vars
+    name = ", ".join(map(repr, keys))
+    return size, f"layers[{name}] of {adata.n_obs:,} cells x {adata.n_vars:,} genes takes {gigabytes(size)}"
 
 
 @contextmanager
@@ -83,6 +87,8 @@ def new_layers(adata: AnnData, keys: Sequence[str], out: Path, dtype: Any = np.f
     ------
     The layers, each to be filled from the first row to the last.
     """
+    free = gigabytes(shutil.disk_usage(out.parent).free)
+    say(f"{_needed(adata, keys, dtype)[1]} on disk, {free} are free; it is written chunk by chunk.")
     rows = max(1, CHUNK_BYTES // (4 * adata.n_vars))
     chunks = (min(rows, adata.n_obs), adata.n_vars)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:

@@ -194,7 +194,8 @@ class BaseModel(TrainingMixin, SavingMixin, RegistryMixin, BaseModelClass, ABC):
         Warns
         -----
         UserWarning
-            If a categorical covariate or the labels cannot be told from the batch: nested in it, or it in them.
+            If a covariate or the labels cannot be told from the batch (nested in it, or it in them), or two covariates
+            from each other; if there are far more genes than cells; if a class reads like no label.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         args = setup_method_args["setup_args"]

@@ -63,8 +63,9 @@ class MappingMixin(TransferMixin):
         adata
             Query cells, set up like the reference: the same layer and ``obs`` columns (labels may be missing or NaN).
             Genes in any order. Genes that the reference does not know are left out. Those that it has and the query
-            lacks are masked: the encoder sees the reference's mean in their place, they do not count in p(x|z), and
-            the library size is scaled to what all genes would have given.
+            lacks are masked: the encoder sees a stand-in, the reference's mean times what the cell has more of the gene
+            by a first z, they do not count in p(x|z), and the library size is scaled to what all genes would have
+            given.
         freeze
             Train the weights of new categories only; else all weights, with a small learning rate, and cells of the
             reference move. Labels are then transferred by where the classes lay before: the further the weights went,

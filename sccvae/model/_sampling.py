@@ -39,7 +39,7 @@ class SamplingMixin:
         Returns
         -------
         AnnData (n, genes): X sparse for counts, else dense, float32; obs with the conditions that the model reads;
-        ``obsm["z"]``.
+        ``obsm["z"]``; where the set-up reads a layer, that too, a copy of X.
 
         Raises
         ------
