@@ -397,6 +397,19 @@ def test_counts_of_shallow_cells_are_drawn(planted_reference):
     assert (found["label"] == "unknown").mean() < 0.02 < (before["label"] == "unknown").mean()
 
 
+def test_values_have_no_depth():
+    """Their sums may be negative, and nothing is drawn then."""
+    adata = toy_values()
+    adata.X = adata.X - 1.0
+    adata.obs["type"] = pd.Categorical(np.where(np.arange(adata.n_obs) % 3, "x", "y"))
+    model = make(CVAE, adata, setup={"batch_key": "batch", "labels_key": "type"}, likelihood="normal")
+    assert "depth" not in model.reference["transfer"]["genes"]
+    batch = next(model._batches(model._store(None), np.arange(9)))
+    assert (batch.library < 0).any()
+    with torch.inference_mode():
+        assert model._drawn(batch, model.module.inference(batch)["z"].loc, 0.0) is batch
+
+
 # What is refused
 
 
@@ -689,16 +702,18 @@ def test_what_a_whole_query_exceeds_the_reference_by_is_its_technologys():
 def test_a_strange_group_stands_out_more_than_its_cells(planted_reference):
     """Neighbours by their genes are asked as well: what is strange about a whole group is no chance."""
     model, cells = planted_reference
-    query, strange = cells.copy(), np.arange(cells.n_obs) % 4 == 0
-    x, rng = query.X.toarray(), np.random.default_rng(3)
-    of_x, other = x[query.obs["type"] == "x"].mean(0), rng.permutation(x.mean(0))
-    x[strange] = rng.poisson(0.8 * of_x + 0.2 * other, (strange.sum(), x.shape[1]))
-    query.X = sparse.csr_matrix(x)
-    query = model.load_query(query)
-    query.train(accelerator="cpu", progress_bar=False)
-    alone, together = (query.transfer_labels(n_neighbors=n) for n in (1, 15))
-    a, b = (roc_auc_score(strange, table["outlier_score"]) for table in (alone, together))
-    assert b > a + 0.02
+    strange, gains = np.arange(cells.n_obs) % 4 == 0, []
+    for seed in range(4):
+        query, x, rng = cells.copy(), cells.X.toarray(), np.random.default_rng(seed)
+        of_x, other = x[query.obs["type"] == "x"].mean(0), rng.permutation(x.mean(0))
+        x[strange] = rng.poisson(0.8 * of_x + 0.2 * other, (strange.sum(), x.shape[1]))
+        query.X = sparse.csr_matrix(x)
+        query = model.load_query(query)
+        query.train(accelerator="cpu", progress_bar=False)
+        alone, together = (query.transfer_labels(n_neighbors=n) for n in (1, 15))
+        a, b = (roc_auc_score(strange, table["outlier_score"]) for table in (alone, together))
+        gains.append(b - a)
+    assert np.mean(gains) > 0.05
     assert (alone[["best_label", "probability"]] == together[["best_label", "probability"]]).all(axis=None)
     few = np.flatnonzero(strange)[:5]
     assert (query.transfer_labels(indices=few)["outlier_score"] == alone["outlier_score"].iloc[few]).all()

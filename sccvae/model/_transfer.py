@@ -233,7 +233,7 @@ class TransferMixin:
 
         So they have the noise of cells that were measured, and it is not strange about a cell that it has few counts.
         """
-        library = batch.library.clamp(min=depth)
+        library = batch.library.clamp(min=depth) if depth else batch.library  # sums of values may be negative
         more, x = library - batch.library, batch.dense
 
         def draws(size: torch.Tensor) -> torch.Tensor:

@@ -146,7 +146,7 @@ class GenerativeModule(nn.Module, ABC):
         """With stand-ins for each cell where features were not measured; the batch itself if all were.
 
         The same ones for all cells draw z to the middle. A first z, by these, tells what the cell has of the feature
-        (Rezende et al. 2014, appendix F, in one step with means in place of draws). Of counts an encoder reads the
+        (as Rezende et al. 2014 impute, in one step with means in place of draws). Of counts an encoder reads the
         logarithm, so the stand-in, which is right for its mean, is multiplied by what the cell has more than usual.
         """
         if batch.present is None:
